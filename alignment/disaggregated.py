@@ -1,0 +1,192 @@
+"""One RS step in phases that may run on different nodes: what the steps of RSIterationFlow call.
+
+The same stage functions as the colocated worker's, cut at the same places: prompts → rollouts → scored →
+decisions → checkpoint → validation. What passes between phases is plain JSON values; `place` says where
+the step is: run_path, step, reward_model_ref, judge_ref.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from alignment.atomic_files import write_json
+from alignment.config import Config, parse_config
+from alignment.errors import CheckpointError, ConfigError
+from alignment.launch import run_workers
+from alignment.lifeline import end_with_parent
+from alignment.preparation import cache_folder, load_prompt_sets
+from alignment.run_folder import RunFolder
+from alignment.stages import begin, prepare_scorers
+from alignment.task import claim_devices, ready_timeout_s, served
+from alignment.types import Decision, Prompt, RewardModelRef, Rollout, ScoredRollout, StepUpdate
+
+Plain = dict[str, Any]
+Place = Mapping[str, Any]
+
+
+def begin_step(config: Config, run_path: str | None, run_id: str) -> Plain:
+    """Where the RS step after the last checkpoint of `run_path` is; without a path, step 1 of a new run.
+
+    Raises ConfigError where the run has all its steps.
+    """
+    from models.checkpoints import last_checkpoint
+
+    path = run_path or begin(config, run_id)[0]
+    if parse_config(RunFolder(Path(path)).config.read_text()) != config:
+        raise ConfigError(
+            f"the run {path} was begun with another config: give its own, --config config {path}/config.json"
+        )
+    checkpoint = last_checkpoint(RunFolder(Path(path)).checkpoints)
+    done = checkpoint.step if checkpoint else 0
+    if done >= config.loop.max_steps:
+        raise ConfigError(f"the run {path} has all of its loop.max_steps ({config.loop.max_steps}): raise it to go on")
+    reward, judge = prepare_scorers(config, path)
+    return {"run_path": path, "step": done + 1, "reward_model_ref": reward, "judge_ref": judge}
+
+
+def sample_shard(config: Config, place: Place, shard: int, num_shards: int) -> tuple[list[Plain], float]:
+    """Rollouts of every `num_shards`-th prompt of the step by the last checkpoint's policy, and the seconds it took."""
+    from alignment.rs_step import step_prompts
+
+    begun = time.monotonic()
+    prompts = step_prompts(config, load_prompt_sets(_run(place).path).train, place["step"])[shard::num_shards]
+    rollouts = _generate(
+        config, place, prompts, config.rollouts.num_rollouts_per_prompt, f"{config.seed}/step-{place['step']}"
+    )
+    return [asdict(r) for r in rollouts], time.monotonic() - begun
+
+
+def score_shards(
+    config: Config, place: Place, shards: Sequence[tuple[Sequence[Mapping[str, Any]], float]]
+) -> tuple[list[Plain], dict[str, float]]:
+    """Rewards for the rollouts of all shards in the order of the step's prompts, and the phases' seconds so far."""
+    from alignment.rollouts import in_prompt_order
+    from alignment.rs_step import step_prompts
+
+    begun = time.monotonic()
+    prompts = step_prompts(config, load_prompt_sets(_run(place).path).train, place["step"])
+    ordered = in_prompt_order([_rollout(r) for rollouts, _ in shards for r in rollouts], prompts)
+    scored = [asdict(r) for r in _score(config, place, ordered)]
+    return scored, {"rollouts": max(s for _, s in shards), "scoring": time.monotonic() - begun}
+
+
+def select_and_store(config: Config, place: Place, scored: Sequence[Mapping[str, Any]]) -> list[Plain]:
+    """Decisions for the scored rollouts; both are written to the run's rollouts."""
+    from alignment.rs_step import decide
+
+    rollouts = [_scored(r) for r in scored]
+    decisions = decide(config, rollouts)
+    _run(place).write_rollouts(place["step"], rollouts, decisions)
+    return [asdict(d) for d in decisions]
+
+
+def train(
+    config: Config,
+    place: Place,
+    scored: Sequence[Mapping[str, Any]],
+    decisions: Sequence[Mapping[str, Any]],
+    seconds: Mapping[str, float],
+) -> Plain:
+    """Fine-tune on the selected rollouts in workers of their own; returns a reference to their checkpoint."""
+    from alignment.rs_step import step_record
+    from models.checkpoints import last_checkpoint
+
+    claim_devices(config)
+    end_with_parent()
+    run, step, begun = _run(place), place["step"], time.monotonic()
+    selection = run.path / "selected" / f"step-{step:06d}.json"
+    write_json(selection, [r for r, d in zip(scored, decisions, strict=True) if d["selected"]])
+    events: list[Plain] = []
+    run_workers(
+        "alignment.update_worker",
+        ["--folder", str(run.path), "--step", str(step), "--selected", str(selection)],
+        num_workers=config.num_workers,
+        on_event=events.append,
+        check=lambda: None,
+    )
+    checkpoint = last_checkpoint(run.checkpoints)
+    if checkpoint is None or checkpoint.step != step:
+        raise CheckpointError(f"{run.checkpoints} holds no checkpoint of RS step {step}, which the workers just made")
+    result = StepUpdate(**next(e["update"] for e in events if e["kind"] == "update"))
+    took = {**seconds, "update": time.monotonic() - begun}
+    record = step_record(step, [_scored(r) for r in scored], [Decision(**d) for d in decisions], result, took)
+    run.truncate_metrics(step - 1)
+    run.append_metrics(record)
+    return asdict(checkpoint)
+
+
+def validate(config: Config, place: Place) -> Plain:
+    """The validation of the last checkpoint; returns its record, which is also the run's."""
+    from alignment.rs_step import validation_record
+    from models.judge import load_judge
+
+    begun, run = time.monotonic(), _run(place)
+    rollouts = _generate(config, place, load_prompt_sets(run.path).validation, 1, f"{config.seed}/validation")
+    judge = load_judge(Path(place["judge_ref"]["uri"]))
+    record = validation_record(place["step"], _score(config, place, rollouts), judge, seconds=time.monotonic() - begun)
+    if not any(r["kind"] == "validation" and r["step"] == place["step"] for r in run.read_metrics()):
+        run.append_metrics(record)  # a retried task finds its record
+    return record
+
+
+def _generate(
+    config: Config, place: Place, prompts: Sequence[Prompt], samples_per_prompt: int, stream: str
+) -> list[Rollout]:
+    """Rollouts by the policy of the last checkpoint, or of the base, in the order of `prompts`."""
+    import torch
+
+    from alignment.embedded import policy_folder
+    from alignment.rollouts import generate, in_prompt_order
+    from alignment.rs_step import training_sampling
+    from models.checkpoints import last_checkpoint
+    from models.policy import load_policy
+
+    torch.set_num_threads(config.resources.threads)
+    checkpoint = last_checkpoint(_run(place).checkpoints)
+    policy = load_policy(
+        checkpoint.uri if checkpoint else policy_folder(config.policy.model, cache_folder(config)),
+        prompt_format=config.policy.prompt_format,
+        device="cuda" if config.resources.gpu else "cpu",
+    )
+    batches = generate(
+        policy,
+        prompts,
+        samples_per_prompt=samples_per_prompt,
+        sampling=training_sampling(config),
+        batch_rows=config.rollouts.batch_rows,
+        stream=stream,
+    )
+    return in_prompt_order([r for batch in batches for r in batch], prompts)
+
+
+def _score(config: Config, place: Place, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+    """The rollouts with rewards, from a server that lives as long as this call."""
+    from alignment.scoring import RewardClient, score_rollouts
+
+    end_with_parent()
+    reward = RewardModelRef(**place["reward_model_ref"])
+    with (
+        served(config, _run(place), reward) as server,
+        RewardClient(server.url, reward.name, reward.version, config.reward.timeout_s, check=server.check) as client,
+    ):
+        client.wait_ready(ready_timeout_s(config))
+        return score_rollouts(client, rollouts)
+
+
+def _run(place: Place) -> RunFolder:
+    return RunFolder(Path(place["run_path"]))
+
+
+def _rollout(values: Mapping[str, Any]) -> Rollout:
+    return Rollout(**_with_tuples(values))
+
+
+def _scored(values: Mapping[str, Any]) -> ScoredRollout:
+    return ScoredRollout(**_with_tuples(values))
+
+
+def _with_tuples(values: Mapping[str, Any]) -> Plain:
+    """JSON has lists where the carriers have tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

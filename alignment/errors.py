@@ -1,0 +1,60 @@
+"""Every error that a user can cause or cure, in one tree.
+
+AlignmentError
+├── ConfigError        a key of the config: names the key, its value and the remedy
+├── DataError          a file or a record: names the file and the line
+├── ModelError         a model folder that is missing, unreadable or unfit
+├── CheckpointError    a checkpoint that is missing, foreign or damaged
+├── TrainingError      the policy's weights, loss or gradient are no longer finite
+├── DiskError          no space, or a folder that cannot be written
+├── WorkerError        a worker process ended with an error
+└── RewardError        scoring failed
+    ├── RewardServerError     the server: not there, not ready, gone, overloaded
+    └── RewardRequestError    the request: refused by the model, not curable by a retry
+
+A message is one or two sentences for the person at the terminal. The flows print it without a traceback.
+"""
+
+
+class AlignmentError(Exception):
+    """Root of the errors that are shown to users as a message without a traceback."""
+
+
+class ConfigError(AlignmentError):
+    """A config key has a bad value."""
+
+
+class DataError(AlignmentError):
+    """A data file or one of its records cannot be used."""
+
+
+class ModelError(AlignmentError):
+    """A model folder is missing, unreadable or unfit for its role."""
+
+
+class CheckpointError(AlignmentError):
+    """A checkpoint is missing, foreign or damaged."""
+
+
+class TrainingError(AlignmentError):
+    """The policy's weights, loss or gradient are no longer finite."""
+
+
+class DiskError(AlignmentError):
+    """A file could not be written."""
+
+
+class WorkerError(AlignmentError):
+    """A worker process ended with an error; the message carries its last lines."""
+
+
+class RewardError(AlignmentError):
+    """Scoring failed. A failed score is never turned into a number."""
+
+
+class RewardServerError(RewardError):
+    """The reward server is not there, not ready, gone or overloaded, after the retries."""
+
+
+class RewardRequestError(RewardError):
+    """The reward model refused a request; sending it again would not help."""

@@ -1,0 +1,158 @@
+"""The final evaluation: one response of the aligned policy against one of the base, on prompts nothing has seen.
+
+Samples are drawn at temperature 1 from the whole distribution, so that the KL, measured along the aligned
+samples, is that of the policies themselves. The base samples n + 1 responses: the first is the opponent,
+the other n the pool of the best-of-n baseline, so that the opponent is not in the pool.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from alignment import statistics
+from alignment.rollouts import generate, in_prompt_order
+from alignment.scoring import RewardClient, score_rollouts
+from alignment.types import Prompt, ScoredRollout
+from models.batching import response_batch, response_logits
+from models.decoding import Sampling
+from models.judge import Judge, judge_text
+from models.losses import token_kl
+from models.policy import Policy
+
+KL_ROWS = 16
+"""Responses per forward pass of the KL: bounds the memory of the (rows, R, V) logits."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Scored responses of one policy, one list a prompt, and the judge's scores beside them."""
+
+    rollouts: list[list[ScoredRollout]]
+    judged: list[list[float]]
+
+    def first(self) -> list[ScoredRollout]:
+        """The first response to each prompt."""
+        return [group[0] for group in self.rollouts]
+
+
+def sample_and_score(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    client: RewardClient,
+    judge: Judge,
+    *,
+    samples_per_prompt: int,
+    max_new_tokens: int,
+    batch_rows: int,
+    stream: str,
+    on_progress: Progress,
+) -> Samples:
+    """Responses at temperature 1 with rewards and judge scores, in the order of `prompts`."""
+    rollouts = []
+    for batch in generate(
+        policy,
+        prompts,
+        samples_per_prompt=samples_per_prompt,
+        sampling=Sampling(max_new_tokens),
+        batch_rows=max(batch_rows, samples_per_prompt),
+        stream=stream,
+    ):
+        rollouts.extend(batch)
+        on_progress(len(rollouts), len(prompts) * samples_per_prompt)
+    scored = score_rollouts(client, in_prompt_order(rollouts, prompts))
+    judged = judge.score([judge_text(r.conversation) for r in scored])
+    groups = range(0, len(scored), samples_per_prompt)
+    return Samples(
+        [list(scored[i : i + samples_per_prompt]) for i in groups],
+        [list(judged[i : i + samples_per_prompt]) for i in groups],
+    )
+
+
+@torch.inference_mode()
+def kl_to_base(aligned: Policy, base: Policy, samples: Sequence[ScoredRollout]) -> list[float]:
+    """Exact KL to the base along each sample, in nats: the sum over its tokens, the ending one included."""
+    values: list[float] = []
+    for start in range(0, len(samples), KL_ROWS):
+        rows = samples[start : start + KL_ROWS]
+        batch = response_batch(
+            [r.prompt_ids for r in rows], [r.response_ids for r in rows], aligned.eos_ids[0], aligned.device
+        )
+        divergence = token_kl(response_logits(aligned.model, batch), response_logits(base.model, batch))
+        values.extend(torch.where(batch.response_mask, divergence, 0.0).sum(-1).tolist())
+    return values
+
+
+def evaluation(base: Samples, aligned: Samples, kl: Sequence[float]) -> dict[str, Any]:
+    """The `evaluation` part of report.json, from n + 1 samples of the base and one of the aligned a prompt."""
+    best_of_n = len(base.rollouts[0]) - 1
+    base_first, aligned_first = base.first(), aligned.first()
+    base_reward, aligned_reward = _rewards(base_first), _rewards(aligned_first)
+    base_judge, aligned_judge = [j[0] for j in base.judged], [j[0] for j in aligned.judged]
+    kl_mean = statistics.mean_difference(kl, [0.0] * len(kl))
+    gains = {
+        "reward_gain": statistics.mean_difference(aligned_reward, base_reward),
+        "judge_gain": statistics.mean_difference(aligned_judge, base_judge),
+        "win_rate": statistics.win_rate(aligned_reward, base_reward),
+        "judge_win_rate": statistics.win_rate(aligned_judge, base_judge),
+    }
+    by_reward, by_judge = statistics.best_of_n_win_rate(
+        [[r.reward for r in group[1:]] for group in base.rollouts],
+        base_reward,
+        [group[1:] for group in base.judged],
+        base_judge,
+    )
+    result: dict[str, Any] = {
+        "prompts": len(kl),
+        "base": _side(base_first, base_reward, base_judge),
+        "aligned": {
+            **_side(aligned_first, aligned_reward, aligned_judge),
+            "kl_to_base": kl_mean.value,
+            "kl_to_base_ci95": list(kl_mean.ci95),
+        },
+        "best_of_n": {
+            "n": best_of_n,
+            "win_rate": by_reward,
+            "judge_win_rate": by_judge,
+            "kl_bound": statistics.best_of_n_kl_bound(best_of_n),
+        },
+    }
+    for name, estimate in gains.items():
+        result |= {name: estimate.value, f"{name}_ci95": list(estimate.ci95)}
+    return result
+
+
+def paired_rows(base: Samples, aligned: Samples, kl: Sequence[float]) -> list[dict[str, Any]]:
+    """One row a prompt: both responses with their scores; what later comparisons pair on."""
+    return [
+        {
+            "prompt_id": b.prompt_id,
+            "prompt": b.prompt,
+            "base_response": b.response,
+            "aligned_response": a.response,
+            "base_reward": b.reward,
+            "aligned_reward": a.reward,
+            "base_judge": base_judge[0],
+            "aligned_judge": aligned_judge[0],
+            "kl_to_base": nats,
+        }
+        for b, a, base_judge, aligned_judge, nats in zip(
+            base.first(), aligned.first(), base.judged, aligned.judged, kl, strict=True
+        )
+    ]
+
+
+def _rewards(rollouts: Sequence[ScoredRollout]) -> list[float]:
+    return [r.reward for r in rollouts]
+
+
+def _side(rollouts: Sequence[ScoredRollout], rewards: Sequence[float], judged: Sequence[float]) -> dict[str, Any]:
+    return {
+        "reward_mean": sum(rewards) / len(rewards),
+        "judge_mean": sum(judged) / len(judged),
+        "response_length_mean": sum(r.num_tokens for r in rollouts) / len(rollouts),
+        "distinct_2": statistics.distinct_n([r.response for r in rollouts], 2),
+    }

@@ -1,0 +1,116 @@
+"""Starting the workers of an iteration and listening to them.
+
+`torch.distributed.run` starts one process per GPU, or `resources.cpu_workers` on the CPU. They report as
+JSON lines on standard output; anything else that a library prints goes to standard error.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignment import errors
+from alignment.errors import AlignmentError, WorkerError
+
+SOURCE_ROOT = Path(__file__).resolve().parent.parent
+"""The folder that holds `alignment/`, `models/`, `infra/` and `triton_repo/`, in a checkout and in a code package."""
+
+TAIL_LINES = 20
+GRACE_S = 20
+
+
+def run_workers(
+    module: str,
+    arguments: Sequence[str],
+    *,
+    num_workers: int,
+    on_event: Callable[[dict[str, Any]], None],
+    check: Callable[[], None],
+) -> None:
+    """Run `module` on `num_workers` ranks to its end. Raises the worker's own AlignmentError, or WorkerError.
+
+    `check` is called every second and raises where the workers would wait in vain (a dead reward server).
+    """
+    command = [
+        *[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1"],
+        *[f"--nproc-per-node={num_workers}", "-m", module, *arguments],
+    ]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,  # never written to: it is the workers' lifeline
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=worker_environment(),
+        start_new_session=True,  # Ctrl-C reaches the step, which then ends the workers in order
+    )
+    reported: list[AlignmentError] = []
+    threading.Thread(target=_watch, args=(process, check, reported), daemon=True).start()
+    tail: deque[str] = deque(maxlen=TAIL_LINES)
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            event = _parse(line)
+            if event is None:
+                tail.append(line.rstrip())
+            elif event["kind"] == "error":
+                reported.append(getattr(errors, event["type"])(event["text"]))
+            else:
+                on_event(event)
+        status = process.wait()
+    finally:
+        stop(process)
+    if reported:
+        raise reported[0]
+    if status:
+        print(*tail, sep="\n", file=sys.stderr)
+        raise WorkerError(f"a worker ended with status {status}; its last lines are above. Resume continues the run")
+
+
+def _watch(process: subprocess.Popen[str], check: Callable[[], None], reported: list[AlignmentError]) -> None:
+    while process.poll() is None:
+        try:
+            check()
+        except AlignmentError as error:
+            reported.append(error)
+            process.terminate()
+            return
+        time.sleep(1)
+
+
+def worker_environment() -> dict[str, str]:
+    """The environment of a child that imports this package and reads no hub."""
+    path = os.pathsep.join(filter(None, [str(SOURCE_ROOT), os.environ.get("PYTHONPATH")]))
+    # One intra-op pool per worker is set by the worker itself; torchrun would otherwise warn and force 1.
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+
+
+def stop(process: subprocess.Popen[Any]) -> None:
+    """End a child and its session: the lifeline first, then SIGTERM, then SIGKILL after the grace time."""
+    if process.stdin:
+        process.stdin.close()
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    if not line.startswith('{"kind"'):
+        return None
+    try:
+        event: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return event

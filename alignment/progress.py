@@ -1,0 +1,155 @@
+"""What a person sees while a run goes on: one line, made from the events of the workers.
+
+Events are those of metrics.jsonl ("step", "validation", and others that are no news here) and two that are
+not kept: {"kind": "phase", "step", "phase", "done", "total", "tokens"} and {"kind": "note", "text"}.
+
+On a terminal the line is redrawn in place. Where output goes to a file, or through Metaflow, which puts a
+prefix before each line, there is one line per finished step, and while a step lasts longer one every 10 s.
+"""
+
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TextIO
+
+QUIET_SECONDS = 10.0
+"""Shortest time between two lines about a step that is not finished, where output is no terminal."""
+REDRAW_SECONDS = 0.1
+"""Shortest time between two redraws on a terminal."""
+
+
+@dataclass(frozen=True)
+class ProgressState:
+    """What is known about the run; rewards and tokens per second are those of the last finished step."""
+
+    total_steps: int
+    finished_steps: int = 0
+    step: int = 0
+    phase: str = ""
+    done: int = 0
+    total: int = 0
+    reward: float | None = None
+    selected_reward: float | None = None
+    validation_reward: float | None = None
+    tokens_per_second: float | None = None
+    step_seconds: tuple[float, ...] = ()
+
+
+def advance(state: ProgressState, event: Mapping[str, Any], step_seconds: float | None = None) -> ProgressState:
+    """The state after an event; `step_seconds` is how long a finished step took by the clock.
+
+    An event of another kind changes nothing. The first step after a start of the workers is timed by its
+    phases, since no step ended before it.
+    """
+    kind = event.get("kind")
+    if kind == "phase":
+        return replace(
+            state, step=event["step"], phase=event["phase"], done=event.get("done", 0), total=event.get("total", 0)
+        )
+    if kind == "step":
+        seconds = sum(event["seconds"].values()) if step_seconds is None else step_seconds
+        return replace(
+            state,
+            finished_steps=event["step"],
+            step=event["step"],
+            phase="",
+            reward=event["reward_mean"],
+            selected_reward=event["selected_reward_mean"],
+            tokens_per_second=event["tokens_per_second"],
+            step_seconds=(*state.step_seconds, seconds),
+        )
+    if kind == "validation":
+        return replace(state, phase="", validation_reward=event["reward_mean"])
+    return state
+
+
+def render_line(state: ProgressState) -> str:
+    """The line for a state, e.g. `step 3/10 | rollouts 128/512 | reward 0.412, selected 1.870 | 850 tokens/s`.
+
+    What is not known yet is left out. The time left is the median duration of the finished steps times the
+    steps to go.
+    """
+    parts = [f"step {state.step}/{state.total_steps}"]
+    if state.phase:
+        parts.append(f"{state.phase} {state.done}/{state.total}" if state.total else state.phase)
+    if state.reward is not None:
+        selected = "none selected" if state.selected_reward is None else f"selected {state.selected_reward:.3f}"
+        parts.append(f"reward {state.reward:.3f}, {selected}")
+    if state.validation_reward is not None:
+        parts.append(f"validation {state.validation_reward:.3f}")
+    if state.tokens_per_second is not None:
+        parts.append(f"{state.tokens_per_second:.0f} tokens/s")
+    to_go = state.total_steps - state.finished_steps
+    if state.step_seconds and to_go > 0:
+        parts.append(f"{duration(statistics.median(state.step_seconds) * to_go)} left")
+    return " | ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: `48 s`, `5 min 04 s`, `2 h 10 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class ProgressLine:
+    """Shows the events of a run on `stream` (by default standard error); `contextlib.closing` ends the line."""
+
+    def __init__(
+        self, total_steps: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.state = ProgressState(total_steps)
+        self._stream = sys.stderr if stream is None else stream
+        self._clock = clock
+        self._live = self._stream.isatty()
+        self._shown_at = clock() if not self._live else float("-inf")
+        self._step_ended_at: float | None = None
+        self._width = 0
+
+    def update(self, event: Mapping[str, Any]) -> None:
+        """Takes one event and shows what has changed."""
+        now = self._clock()
+        kind = event.get("kind")
+        started = self._step_ended_at
+        self.state = advance(self.state, event, None if started is None else now - started)
+        if kind == "step":
+            self._step_ended_at = now
+        if kind == "note":
+            self._print_line(str(event["text"]))
+        elif kind in ("phase", "step", "validation"):
+            wait = REDRAW_SECONDS if self._live else QUIET_SECONDS
+            if kind == "step" or now - self._shown_at >= wait:
+                self._shown_at = now
+                self._show()
+
+    def close(self) -> None:
+        """Leaves the last line standing on a terminal; harmless when repeated."""
+        if self._width:
+            self._show()
+            self._stream.write("\n")
+            self._stream.flush()
+            self._width = 0
+
+    def _show(self) -> None:
+        line = render_line(self.state)
+        if not self._live:
+            self._print_line(line)
+            return
+        line = line[: shutil.get_terminal_size().columns - 1]
+        self._stream.write("\r" + line.ljust(self._width))
+        self._stream.flush()
+        self._width = len(line)
+
+    def _print_line(self, text: str) -> None:
+        """One whole line; on a terminal above the live one, which the next event redraws."""
+        printable = "".join(c if c.isprintable() else " " for c in text)
+        before = "\r" + " " * self._width + "\r" if self._width else ""
+        self._stream.write(before + printable + "\n")
+        self._stream.flush()
+        self._width = 0

@@ -1,0 +1,172 @@
+"""The report of a finished run: report.json for programs, report.html for people, a few lines for the terminal.
+
+Nothing is measured here: the numbers come from metrics.jsonl and from the evaluation, and every key that the
+report promises is checked to be there. The page itself is drawn by `alignment.report_page`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignment.atomic_files import write_text
+from alignment.errors import DataError
+from alignment.progress import duration
+from alignment.run_folder import RunFolder, write_json
+from alignment.types import Checkpoint, JudgeRef, RewardModelRef
+
+REWARD_KEYS = ("reward_mean", "selected_reward_mean", "response_length_mean", "truncated_fraction")
+STEP_KEYS = ("step", *REWARD_KEYS, "loss", "grad_norm", "lr")
+PHASES = ("rollouts", "scoring", "update")
+VALIDATION_KEYS = ("step", "reward_mean", "judge_mean")
+POLICY_KEYS = ("reward_mean", "judge_mean", "response_length_mean", "distinct_2")
+EVALUATION_KEYS = (
+    "prompts",
+    *(f"{policy}.{key}" for policy in ("base", "aligned") for key in POLICY_KEYS),
+    *("aligned.kl_to_base", "aligned.kl_to_base_ci95"),
+    *(f"{name}{ci}" for name in ("reward_gain", "judge_gain", "win_rate", "judge_win_rate") for ci in ("", "_ci95")),
+    *(f"best_of_n.{key}" for key in ("n", "win_rate", "judge_win_rate", "kl_bound")),
+)
+"""What the evaluation must measure, as dotted paths. It may hold more, e.g. its own `seconds`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One evaluation prompt with a response of the base and one of the aligned policy; scores have no unit."""
+
+    prompt: str
+    base: str
+    aligned: str
+    base_reward: float
+    aligned_reward: float
+    base_judge: float
+    aligned_judge: float
+
+
+def build_report(
+    *,
+    run_id: str,
+    metrics: Sequence[Mapping[str, Any]],
+    evaluation: Mapping[str, Any],
+    reward_model: RewardModelRef,
+    judge: JudgeRef,
+    checkpoint: Checkpoint,
+    total_seconds: float,
+    setup_seconds: float,
+) -> dict[str, Any]:
+    """The content of report.json, from the records of metrics.jsonl and the evaluation of `checkpoint`.
+
+    A step's `seconds.validation` is that of the validation after it, 0.0 without one. In `seconds`, the
+    overhead is what is left of the total after setup, the phases, all validations and `evaluation.seconds`
+    (taken as 0 where absent): starts of workers, loading, saving.
+
+    Raises DataError for a record or an evaluation that lacks a key, or for a step recorded twice.
+    """
+    for path in EVALUATION_KEYS:
+        _take(evaluation, path, "the evaluation")
+    validations = [r for r in metrics if r.get("kind") == "validation"]
+    seconds_by_step = {r["step"]: _take(r, "seconds", _name(r)) for r in validations}
+    steps = [_step(r, seconds_by_step) for r in metrics if r.get("kind") == "step"]
+    for kind, numbers in (("step", [s["step"] for s in steps]), ("validation", [v["step"] for v in validations])):
+        if sorted(set(numbers)) != numbers:
+            raise DataError(f"the {kind} records of metrics.jsonl must be of rising steps, each once; got {numbers}")
+    seconds = {"total": total_seconds, "setup": setup_seconds}
+    seconds |= {phase: sum(s["seconds"][phase] for s in steps) for phase in PHASES}
+    seconds["validation"] = sum(seconds_by_step.values())
+    named = sum(seconds.values()) - total_seconds + evaluation.get("seconds", 0.0)
+    seconds["overhead"] = max(0.0, total_seconds - named)  # phases that overlap may add up to more than the total
+    return {
+        "run_id": run_id,
+        "steps": steps,
+        "validation": [{key: _take(r, key, _name(r)) for key in VALIDATION_KEYS} for r in validations],
+        "evaluation": dict(evaluation),
+        "reward_model": {key: getattr(reward_model, key) for key in ("name", "version", "digest", "accuracy")},
+        "judge": {"name": judge.name, "accuracy": judge.accuracy},
+        "seconds": seconds,
+        "checkpoint": {"uri": checkpoint.uri, "sha256": checkpoint.sha256, "step": checkpoint.step},
+    }
+
+
+def write_report(run_folder: RunFolder, report: Mapping[str, Any], samples: Sequence[Sample]) -> Path:
+    """Writes report.json and report.html into the run's folder; returns the page's path. Raises DiskError."""
+    from alignment.report_page import render_page
+
+    config = run_folder.config.read_text() if run_folder.config.exists() else ""
+    page = render_page(report, verdict(report), samples, config)
+    write_json(run_folder.report_json, report)
+    write_text(run_folder.report_html, page)
+    return run_folder.report_html
+
+
+def verdict(report: Mapping[str, Any]) -> str:
+    """The result in one or two sentences: what the reward says, and whether the judge confirms it."""
+    e = report["evaluation"]
+    reward, judge = (_side(e[f"{name}_ci95"]) for name in ("win_rate", "judge_win_rate"))
+    rate = f"{e['win_rate']:.0%} of {e['prompts']} held-out prompts, {_percent_interval(e['win_rate_ci95'])}"
+    said = {
+        1: f"The aligned model beats the base by reward ({rate}).",
+        0: f"The aligned model is not clearly better than the base by reward ({rate}).",
+        -1: f"The aligned model is worse than the base by reward ({rate}).",
+    }[reward]
+    seen = f"{e['judge_win_rate']:.0%}, {_percent_interval(e['judge_win_rate_ci95'])}"
+    if judge == 0:
+        return f"{said} The independent judge sees no clear difference ({seen})."
+    if reward == 0:
+        return f"{said} The independent judge prefers the {'aligned model' if judge > 0 else 'base'} ({seen})."
+    return f"{said} The independent judge {'agrees' if judge == reward else 'disagrees'} ({seen})."
+
+
+def summary(report: Mapping[str, Any], page: Path | None = None) -> str:
+    """At most 12 lines for the terminal; `page` is where report.html lies."""
+    e, seconds = report["evaluation"], report["seconds"]
+    best = e["best_of_n"]
+    lines = [f"run {report['run_id']}: {verdict(report)}"]
+    for label, key in (("reward", "reward"), ("judge", "judge")):
+        low, high = e[f"{key}_gain_ci95"]
+        before, after, gain = e["base"][f"{key}_mean"], e["aligned"][f"{key}_mean"], e[f"{key}_gain"]
+        lines.append(f"  {label:<10} {before:.3f} → {after:.3f}, gain {gain:+.3f} (95% {low:+.3f} to {high:+.3f})")
+    lines.append(f"  win rate   {e['win_rate']:.1%} by reward, {e['judge_win_rate']:.1%} by the judge")
+    lines.append(
+        f"  best of {best['n']:<2} {best['win_rate']:.1%} by reward, {best['judge_win_rate']:.1%} by the judge"
+    )
+    low, high = e["aligned"]["kl_to_base_ci95"]
+    lines.append(
+        f"  KL to base {e['aligned']['kl_to_base']:.2f} nats per response (95% {low:.2f} to {high:.2f}); "
+        f"best of {best['n']}: at most {best['kl_bound']:.2f}"
+    )
+    phases = {k: v for k, v in seconds.items() if k != "total"}
+    if "seconds" in e:
+        phases["evaluation"] = e["seconds"]
+    parts = ", ".join(f"{name} {duration(value)}" for name, value in phases.items())
+    lines.append(f"  time       {duration(seconds['total'])}: {parts}")
+    lines.append(f"  checkpoint {report['checkpoint']['uri']}")
+    return "\n".join([*lines, f"  report     {page}"] if page else lines)
+
+
+def _step(record: Mapping[str, Any], validation_seconds: Mapping[int, float]) -> dict[str, Any]:
+    step = {key: _take(record, key, _name(record)) for key in STEP_KEYS}
+    seconds = {phase: _take(record, f"seconds.{phase}", _name(record)) for phase in PHASES}
+    return step | {"seconds": seconds | {"validation": validation_seconds.get(step["step"], 0.0)}}
+
+
+def _take(values: Mapping[str, Any], path: str, where: str) -> Any:
+    """The value at a dotted path. Raises DataError naming the path and whose it is."""
+    found: Any = values
+    for part in path.split("."):
+        if not isinstance(found, Mapping) or part not in found:
+            raise DataError(f"{where} lacks {path}, which report.json promises: run that stage again")
+        found = found[part]
+    return found
+
+
+def _name(record: Mapping[str, Any]) -> str:
+    return f"the {record['kind']} record of step {record.get('step', '?')} in metrics.jsonl"
+
+
+def _side(ci95: Sequence[float]) -> int:
+    """1 where a win rate's interval lies above one half, -1 below, 0 where it includes it."""
+    return 1 if ci95[0] > 0.5 else -1 if ci95[1] < 0.5 else 0
+
+
+def _percent_interval(ci95: Sequence[float]) -> str:
+    return f"95% interval {ci95[0]:.0%} to {ci95[1]:.0%}"

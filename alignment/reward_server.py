@@ -1,0 +1,98 @@
+"""The reward server that a task scores with: an external one, or a child of the task.
+
+A local server is watched over a pipe: it ends when this process does, `kill -9` included. Artifacts hold the
+model's repository, version and digest, never a URL.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignment.errors import RewardServerError
+from infra.triton import log_tail
+from infra.triton_setup import EXIT_TIMEOUT_S, free_ports
+
+SOURCE_ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class RewardServer:
+    """`url` is host:port of its gRPC. A local server has a process and a log, an external one has neither."""
+
+    url: str
+    process: subprocess.Popen[bytes] | None = None
+    log: Path | None = None
+
+    def check(self) -> None:
+        """Raise RewardServerError with the log's last lines if a local server has ended."""
+        if self.process is None or self.log is None or self.process.poll() is None:
+            return
+        raise RewardServerError(
+            f"the local reward server ended with code {self.process.returncode}; the last lines of {self.log}:\n"
+            f"{log_tail(self.log)}"
+        )
+
+
+@contextmanager
+def reward_server(
+    *,
+    repository: Path,
+    name: str,
+    version: str,
+    url: str | None,
+    grpc_port: int,
+    log: Path,
+    threads: int | None = None,
+) -> Iterator[RewardServer]:
+    """The server at `url`, or one started here for as long as the context lasts.
+
+    Returns at once, so that the server's start overlaps with the caller's: the client waits
+    (`RewardClient(..., check=server.check).wait_ready(...)`). `grpc_port` 0 picks a free port; `threads` is
+    torch threads of the served model.
+    """
+    if url is not None:
+        yield RewardServer(url)
+        return
+    port = grpc_port or free_ports(1)[0]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            _command(repository, name, version, port, threads),
+            env={**os.environ, "PYTHONPATH": _python_path()},
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            # Ctrl-C at the terminal goes to the task; the server ends with it, not before it.
+            start_new_session=True,
+        )
+    try:
+        yield RewardServer(f"127.0.0.1:{port}", process, log)
+    finally:
+        _stop(process)
+
+
+def _command(repository: Path, name: str, version: str, port: int, threads: int | None) -> list[str]:
+    command = [sys.executable, "-m", "infra.triton", "--watch-stdin", "--repository", str(repository), "--model", name]
+    command += ["--grpc-port", str(port), "--version", version]
+    return command if threads is None else [*command, "--threads", str(threads)]
+
+
+def _python_path() -> str:
+    """This source tree first: it may be a code package that was unpacked somewhere."""
+    inherited = os.environ.get("PYTHONPATH")
+    return f"{SOURCE_ROOT}{os.pathsep}{inherited}" if inherited else str(SOURCE_ROOT)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Close the pipe, which asks it to end; by force if it does not."""
+    if process.stdin is not None:
+        process.stdin.close()
+    try:
+        process.wait(EXIT_TIMEOUT_S + 10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

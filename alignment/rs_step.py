@@ -1,0 +1,210 @@
+"""One RS step and one validation, as a worker runs them: generate, score, select, update, record."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from alignment.config import Config
+from alignment.preparation import PromptSets
+from alignment.prompts import read_order
+from alignment.rollouts import generate, in_prompt_order
+from alignment.scoring import RewardClient, score_in_background
+from alignment.selection import select
+from alignment.trainer import Trainer, train_step
+from alignment.types import Decision, Prompt, Rollout, ScoredRollout, StepUpdate, with_reward
+from models.decoding import Sampling
+from models.judge import Judge, judge_text
+
+Emit = Callable[[Mapping[str, Any]], None]
+
+StoredScores = dict[tuple[str, int, str], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What a colocated worker holds besides the trainer: prompts, the scorers, and where its events go."""
+
+    trainer: Trainer
+    prompts: PromptSets
+    client: RewardClient
+    judge: Judge
+    emit: Emit
+
+
+def rs_step(session: Session, step: int) -> None:
+    """RS step `step` (from 1): writes its rollouts and metrics, and leaves the policy updated."""
+    trainer = session.trainer
+    scored, seconds = _scored_rollouts(session, step_prompts(trainer.config, session.prompts.train, step), step)
+    decisions = decide(trainer.config, scored)
+    if trainer.is_writer:  # before the update, so that a replay finds the scores
+        trainer.run.write_rollouts(step, scored, decisions)
+    selected = [r for r, d in zip(scored, decisions, strict=True) if d.selected]
+    begun = time.monotonic()
+    session.emit({"kind": "phase", "step": step, "phase": "update", "done": 0, "total": len(selected)})
+    result = train_step(trainer, selected, step)
+    seconds["update"] = time.monotonic() - begun
+    if trainer.is_writer:
+        record = step_record(step, scored, decisions, result, seconds)
+        trainer.run.append_metrics(record)
+        session.emit(record)
+
+
+def step_prompts(config: Config, prompts: Sequence[Prompt], step: int) -> list[Prompt]:
+    """The prompts that RS step `step` (from 1) reads."""
+    order = read_order(
+        len(prompts), num_rollout_samples=config.rollouts.num_rollout_samples, seed=config.seed, step=step - 1
+    )
+    return [prompts[i] for i in order]
+
+
+def decide(config: Config, scored: Sequence[ScoredRollout]) -> list[Decision]:
+    """Selection by the config's rule."""
+    rule = config.selection
+    return select(
+        scored,
+        strategy=rule.strategy,
+        top_n=rule.top_n_rollouts,
+        top_k=rule.top_k,
+        min_reward=rule.min_reward,
+        truncated=rule.truncated,
+        seed=config.seed,
+    )
+
+
+def training_sampling(config: Config) -> Sampling:
+    """How training and validation rollouts are drawn."""
+    rollouts = config.rollouts
+    return Sampling(rollouts.max_new_tokens, rollouts.temperature, rollouts.top_k, rollouts.top_p)
+
+
+def _scored_rollouts(
+    session: Session, prompts: Sequence[Prompt], step: int
+) -> tuple[list[ScoredRollout], dict[str, float]]:
+    """All ranks' scored rollouts in prompt order. Scoring runs while the next batch generates; its seconds are
+    those that were spent waiting after the last batch."""
+    trainer, stored = session.trainer, _stored_scores(session, step)
+    config = trainer.config
+    begun = time.monotonic()
+    pending, done, tokens = [], 0, 0
+    mine = trainer.share(prompts)
+    for batch in generate(
+        trainer.policy,
+        mine,
+        samples_per_prompt=config.rollouts.num_rollouts_per_prompt,
+        sampling=training_sampling(config),
+        batch_rows=config.rollouts.batch_rows,
+        stream=f"{config.seed}/step-{step}",
+    ):
+        pending.append(_score(session, batch, stored))
+        done, tokens = done + len(batch), tokens + sum(r.num_tokens for r in batch)
+        total = len(mine) * config.rollouts.num_rollouts_per_prompt
+        session.emit(
+            {"kind": "phase", "step": step, "phase": "rollouts", "done": done, "total": total, "tokens": tokens}
+        )
+    generated = time.monotonic()
+    scored = trainer.gather([r for collect in pending for r in collect()])
+    seconds = {"rollouts": generated - begun, "scoring": time.monotonic() - generated}
+    return in_prompt_order(scored, prompts), seconds
+
+
+def _score(session: Session, batch: Sequence[Rollout], stored: StoredScores) -> Any:
+    """Begin to score a batch; the result is a function that waits for it.
+
+    A score that an interrupted attempt at this step has stored is used again: the decisions of a replay
+    must be those of the first attempt.
+    """
+    known = [(r.prompt_id, r.rollout_index, r.response) in stored for r in batch]
+    future = score_in_background(session.client, [r for r, k in zip(batch, known, strict=True) if not k])
+
+    def collect() -> list[ScoredRollout]:
+        new = iter(future.result())
+        return [_known(session, r, stored) if k else next(new) for r, k in zip(batch, known, strict=True)]
+
+    return collect
+
+
+def _known(session: Session, rollout: Rollout, stored: StoredScores) -> ScoredRollout:
+    reward = stored[rollout.prompt_id, rollout.rollout_index, rollout.response]
+    client = session.client
+    return with_reward(rollout, reward, model=client.model_name, version=client.model_version)
+
+
+def _stored_scores(session: Session, step: int) -> StoredScores:
+    """Scores of this very step from an attempt that did not reach its checkpoint, by the same reward model."""
+    if not session.trainer.run.rollouts_file(step).exists():
+        return {}
+    return {
+        (row["prompt_id"], row["rollout_index"], row["response"]): row["reward"]
+        for row in session.trainer.run.read_rollouts(step)
+        if (row["reward_model"], row["reward_model_version"])
+        == (session.client.model_name, session.client.model_version)
+    }
+
+
+def step_record(
+    step: int,
+    scored: Sequence[ScoredRollout],
+    decisions: Sequence[Decision],
+    result: StepUpdate,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """The step's line in metrics.jsonl: all rollouts beside the selected ones."""
+    selected = [r for r, d in zip(scored, decisions, strict=True) if d.selected]
+    distinct = {(r.prompt_id, r.response) for r in scored}
+    tokens = sum(r.num_tokens for r in scored)
+    return {
+        "kind": "step",
+        "step": step,
+        "reward_mean": mean([r.reward for r in scored]),
+        "selected_reward_mean": mean([r.reward for r in selected]),
+        "response_length_mean": tokens / len(scored),
+        "truncated_fraction": mean([r.finish_reason == "length" for r in scored]),
+        "duplicate_fraction": 1 - len(distinct) / len(scored),
+        "num_rollouts": len(scored),
+        "num_selected": len(selected),
+        "optimizer_steps": result.optimizer_steps,
+        "response_tokens": result.response_tokens,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "lr": result.lr,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds["rollouts"],
+        "prompt_ids": list(dict.fromkeys(r.prompt_id for r in scored)),
+    }
+
+
+def validate(session: Session, step: int) -> dict[str, Any]:
+    """One response to each validation prompt, scored by reward model and judge; the same numbers at every step."""
+    begun = time.monotonic()
+    trainer, config, prompts = session.trainer, session.trainer.config, session.prompts.validation
+    session.emit({"kind": "phase", "step": step, "phase": "validation", "done": 0, "total": len(prompts)})
+    pending = [
+        score_in_background(session.client, batch)
+        for batch in generate(
+            trainer.policy,
+            trainer.share(prompts),
+            samples_per_prompt=1,
+            sampling=training_sampling(config),
+            batch_rows=config.rollouts.batch_rows,
+            stream=f"{config.seed}/validation",
+        )
+    ]
+    scored = in_prompt_order(trainer.gather([r for future in pending for r in future.result()]), prompts)
+    return validation_record(step, scored, session.judge, time.monotonic() - begun)
+
+
+def validation_record(step: int, scored: Sequence[ScoredRollout], judge: Judge, seconds: float) -> dict[str, Any]:
+    """The validation's line in metrics.jsonl."""
+    return {
+        "kind": "validation",
+        "step": step,
+        "reward_mean": mean([r.reward for r in scored]),
+        "judge_mean": mean(judge.score([judge_text(r.conversation) for r in scored])),
+        "seconds": seconds,
+    }
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """The mean; None where there is nothing to average."""
+    return sum(values) / len(values) if values else None

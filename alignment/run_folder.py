@@ -1,0 +1,253 @@
+"""The files of a run, `<root>/<run id>/`, written so that a kill at any moment leaves whole files.
+
+    config.json  metrics.jsonl  rollouts/step-000001.parquet  checkpoints/step-*/  report.json  report.html
+
+`metrics.jsonl` grows by one line per record; a line that a killed writer left unfinished is cut off by the
+next one that writes. All other files replace their predecessor whole. A record's NaN becomes null (see
+`alignment.atomic_files`).
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from alignment.atomic_files import disk_errors, json_text, write_atomically
+from alignment.atomic_files import write_json as write_json
+from alignment.errors import AlignmentError, ConfigError, DataError
+from alignment.types import Decision, ScoredRollout
+
+COLUMNS = {
+    "step": "int64",
+    "prompt_id": "string",
+    "prompt": "string",
+    "rollout_index": "int64",
+    "response": "string",
+    "finish_reason": "string",
+    "num_tokens": "int64",
+    "reward": "float64",
+    "reward_model": "string",
+    "reward_model_version": "string",
+    "selected": "bool_",
+    "reason": "string",
+}
+"""Columns of rollouts/step-*.parquet and their Arrow types."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's folder. Making the object touches no file."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config, JSON."""
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON record per line; its "kind" is "step", "validation" or "task"."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def rollouts(self) -> Path:
+        """Folder of one parquet file per RS step."""
+        return self.path / "rollouts"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of `step-*` folders."""
+        return self.path / "checkpoints"
+
+    @property
+    def report_json(self) -> Path:
+        """The numbers of the finished run."""
+        return self.path / "report.json"
+
+    @property
+    def report_html(self) -> Path:
+        """The same for people."""
+        return self.path / "report.html"
+
+    def rollouts_file(self, step: int) -> Path:
+        """Where the rollouts of an RS step are kept."""
+        return self.rollouts / f"step-{step:06d}.parquet"
+
+    def write_rollouts(self, step: int, scored: Sequence[ScoredRollout], decisions: Sequence[Decision]) -> Path:
+        """Keeps every rollout of an RS step with its reward and decision; a replayed step replaces its file.
+
+        Raises DataError where the decisions do not belong to the rollouts, one each and in order, or where a
+        text cannot be stored as UTF-8; DiskError where the file cannot be written.
+        """
+        import pyarrow.parquet as parquet
+
+        table = _rollout_table(step, scored, decisions)
+        path = self.rollouts_file(step)
+        write_atomically(path, lambda file: parquet.write_table(table, file))
+        return path
+
+    def read_rollouts(self, step: int) -> list[dict[str, Any]]:
+        """The rows of an RS step, one dict per rollout in the order written. Raises DataError."""
+        import pyarrow
+        import pyarrow.parquet as parquet
+
+        path = self.rollouts_file(step)
+        try:
+            rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+        except FileNotFoundError:
+            raise DataError(f"{path} is not there: RS step {step} has not been selected in this run") from None
+        except (OSError, pyarrow.ArrowInvalid) as error:
+            raise DataError(f"cannot read {path}: {error}; remove it and resume from a step before it") from error
+        return rows
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Adds one record to metrics.jsonl and flushes it to disk. Raises DiskError."""
+        line = (json_text(record) + "\n").encode()
+        with disk_errors(self.metrics), _locked_metrics(self), open(self.metrics, "ab+") as file:
+            _mend(file)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All records in the order written; an unfinished last line is left out, no file is no record.
+
+        Raises DataError, naming the line, for any other line that is not a JSON object.
+        """
+        try:
+            data = self.metrics.read_bytes()
+        except FileNotFoundError:
+            return []
+        lines = data[: _end_of_records(data)].splitlines()
+        return [_parse_record(self.metrics, number, line) for number, line in enumerate(lines, start=1)]
+
+    def truncate_metrics(self, after_step: int) -> None:
+        """Forgets the "step" and "validation" records beyond RS step `after_step`, and an unfinished last line.
+
+        A run that resumes from the checkpoint of `after_step` calls this before it appends.
+        """
+        with disk_errors(self.metrics), _locked_metrics(self):
+            kept = [
+                r for r in self.read_metrics() if r.get("kind") not in ("step", "validation") or r["step"] <= after_step
+            ]
+            text = "".join(json_text(r) + "\n" for r in kept)
+            write_atomically(self.metrics, lambda file: file.write(text.encode()))
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the run for this process; it is free again when the process ends, however it ends.
+
+        Raises AlignmentError, naming the process, where another one holds it.
+        """
+        path = self.path / ".lock"
+        with disk_errors(path):
+            file = open(path, "a+")  # noqa: SIM115 closed below, after the body
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise AlignmentError(
+                    f"the run {self.path} is being written by {file.read().strip() or 'another process'}: "
+                    "wait until it ends, or stop it, before you resume this run"
+                ) from None
+            with disk_errors(path):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                file.flush()
+            yield
+
+
+def create(root: str | Path, run_id: str, config_json: str) -> RunFolder:
+    """Makes `<root>/<run id>/` with its config.json, and points `<root>/latest` at it.
+
+    Calling it again is harmless: a retried start or a resume finds what is there. Raises ConfigError for a
+    root that is no local folder, DataError for a run id that is no folder name or another run's, DiskError.
+    """
+    if "://" in str(root):
+        raise ConfigError(f"run.root ({root}) must be a local folder: runs are not written to object stores directly")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run_id) or run_id == "latest":
+        raise DataError(f"run id {run_id!r} cannot name a folder: use letters, digits, '.', '_' and '-', not 'latest'")
+    folder = RunFolder(Path(root) / run_id)
+    with disk_errors(folder.path):
+        for path in (folder.path, folder.rollouts, folder.checkpoints):
+            path.mkdir(parents=True, exist_ok=True)
+    if folder.config.exists() and json.loads(folder.config.read_text()) != json.loads(config_json):
+        raise DataError(f"{folder.path} holds another run's files: set run.root to another folder, or move them away")
+    write_atomically(folder.config, lambda file: file.write(config_json.encode()))
+    latest, waiting = Path(root) / "latest", Path(root) / f".latest-{os.getpid()}"
+    with disk_errors(latest):
+        waiting.unlink(missing_ok=True)
+        waiting.symlink_to(run_id)
+        waiting.replace(latest)
+    return folder
+
+
+def _rollout_table(step: int, scored: Sequence[ScoredRollout], decisions: Sequence[Decision]) -> Any:
+    import pyarrow as pa
+
+    schema = pa.schema([(name, getattr(pa, kind)()) for name, kind in COLUMNS.items()])
+    if [(r.prompt_id, r.rollout_index) for r in scored] != [(d.prompt_id, d.rollout_index) for d in decisions]:
+        raise DataError(
+            f"RS step {step}: {len(decisions)} decisions do not match {len(scored)} rollouts: "
+            "there must be one for each, in the same order"
+        )
+    rows = []
+    for r, d in zip(scored, decisions, strict=True):
+        row = {"step": step, "selected": d.selected, "reason": d.reason}
+        rows.append(row | {name: getattr(r, name) for name in schema.names if name not in row})
+    try:
+        return pa.Table.from_pylist(rows, schema=schema)
+    except UnicodeEncodeError as error:
+        raise DataError(f"RS step {step}: a text cannot be stored as UTF-8 ({error}): correct the prompts") from error
+
+
+@contextlib.contextmanager
+def _locked_metrics(folder: RunFolder) -> Iterator[None]:
+    """One writer of metrics.jsonl at a time: workers and the flow append to it, and a rewrite replaces the file."""
+    with open(folder.path / ".metrics.lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _end_of_records(data: bytes) -> int:
+    """Where the last whole record of `data` ends: a last line without a newline counts if it is a JSON object.
+
+    No proper prefix of an object is one, so an object that lacks only its newline is whole.
+    """
+    end = data.rfind(b"\n") + 1
+    try:
+        return len(data) if isinstance(json.loads(data[end:]), dict) else end
+    except ValueError:
+        return end
+
+
+def _mend(file: IO[bytes]) -> None:
+    """Makes a file that is open for appending end with a whole line."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - 1, 0))
+    if not size or file.read(1) == b"\n":
+        return
+    file.seek(0)
+    data = file.read()
+    end = _end_of_records(data)
+    file.truncate(end)
+    if end and not data[:end].endswith(b"\n"):
+        file.write(b"\n")
+
+
+def _parse_record(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{path}:{number}: not JSON ({error}): remove the line, then resume the run") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{path}:{number}: a record is a JSON object, got {line[:60]!r}: remove the line")
+    return record

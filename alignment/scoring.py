@@ -1,0 +1,271 @@
+"""Scoring: conversations to rewards, through a Triton server that serves the exported reward model.
+
+Text goes over the wire, never token ids. A request carries a few conversations and several requests are in
+flight, which is what Triton's dynamic batching feeds on. A failed score is retried where a retry can cure it
+and is an error otherwise; it never becomes a number.
+
+`tritonclient` is imported when a client is made, so that importing this module stays light.
+"""
+
+import json
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self
+
+from alignment.errors import RewardError, RewardRequestError, RewardServerError
+from alignment.types import Conversation, Message, Rollout, ScoredRollout, with_reward
+
+TEXTS_PER_REQUEST = 8
+REQUESTS_IN_FLIGHT = 8
+FIRST_CONTACT_S = 10.0
+# Waits between attempts, in seconds: a minute in all, enough for a local server to be started anew.
+BACKOFF_S = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 10.0, 10.0, 10.0, 10.0)
+DEADLINE_ATTEMPTS = 3
+CANARY: list[Message] = [{"role": "user", "content": "canary"}, {"role": "assistant", "content": "canary"}]
+# A channel that waits two minutes before it reconnects would outlast every retry.
+CHANNEL_ARGS = [
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+]
+
+
+class RewardClient:
+    """One gRPC channel to a reward model. Use it as a context manager, one per process, from any thread.
+
+    `url` is host:port of Triton's gRPC. An empty `model_version` takes the newest version that answers first
+    and stays with it. `timeout_s` is the deadline of one attempt in seconds. `check`, if given, raises where
+    the server is known to be dead, so that nobody waits for it.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model_name: str = "reward_model",
+        model_version: str = "",
+        timeout_s: float = 60.0,
+        *,
+        check: Callable[[], None] | None = None,
+    ) -> None:
+        import tritonclient.grpc as triton
+
+        self.url, self.model_name, self.timeout_s = url, model_name, timeout_s
+        self._version, self._check = model_version, check
+        self._ready, self._closing = False, threading.Event()
+        self._triton = triton
+        self._client = triton.InferenceServerClient(url, channel_args=CHANNEL_ARGS)
+        self._requests = ThreadPoolExecutor(REQUESTS_IN_FLIGHT, thread_name_prefix="reward-request")
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="reward-background")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop what has not been sent, wait for what is in flight but not for retries, close the channel."""
+        self._closing.set()
+        self._background.shutdown(cancel_futures=True)
+        self._requests.shutdown(cancel_futures=True)
+        self._client.close()
+
+    @property
+    def model_version(self) -> str:
+        """The version that answers; waits for the server if none has answered yet. Raises RewardServerError."""
+        self._first_contact()
+        return self._version
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Wait until the model answers a canary conversation. Raises RewardServerError after `timeout_s` seconds.
+
+        The server's own readiness is not asked: it stays "ready" after the model's process has died.
+        """
+        deadline, pause = time.monotonic() + timeout_s, 0.1
+        while True:
+            if self._check is not None:
+                self._check()
+            reason = self.probe(max(0.1, min(self.timeout_s, deadline - time.monotonic())))
+            if not reason:
+                return
+            if deadline - time.monotonic() < pause:
+                raise RewardServerError(
+                    f"{self._who()} did not answer within {timeout_s:g} s ({reason}): check that the server runs "
+                    "and serves this model and version, or unset reward.url to have one started"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 2.0)
+
+    def probe(self, timeout_s: float) -> str:
+        """One canary inference: "" if the model answered, else why not yet. Remembers the version that answered.
+
+        Raises RewardServerError where waiting cannot help.
+        """
+        try:
+            rewards, version = self._infer([json.dumps(CANARY)], timeout_s)
+        except self._triton.InferenceServerException as error:
+            status, text = _status(error), _text(error)
+            if _curable(status, text) or status == "NOT_FOUND":
+                return f"{status}: {text}"
+            raise RewardServerError(
+                f"{self._who()} cannot score a plain conversation ({status}: {text}): export it again"
+            ) from error
+        if len(rewards) != 1 or not math.isfinite(rewards[0]):
+            raise RewardServerError(f"{self._who()} answered a canary conversation with {rewards}, not one number")
+        self._version, self._ready = self._version or version, True
+        return ""
+
+    def score(self, conversations: Sequence[Conversation | Sequence[str]]) -> list[float]:
+        """The reward of each conversation, in order; none for none.
+
+        A conversation is a list of {"role", "content"} messages, or a prompt and a response.
+
+        Raises RewardRequestError, naming the conversation's index, for one that the model refuses, and
+        RewardServerError when the server fails beyond the retries.
+        """
+        texts = [_to_json(conversation, index) for index, conversation in enumerate(conversations)]
+        if not texts:
+            return []
+        self._first_contact()
+        starts = range(0, len(texts), TEXTS_PER_REQUEST)
+        futures = [self._requests.submit(self._score, texts[s : s + TEXTS_PER_REQUEST], s) for s in starts]
+        try:
+            return [reward for future in futures for reward in future.result()]
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def _first_contact(self) -> None:
+        if not self._ready:
+            self.wait_ready(min(self.timeout_s, FIRST_CONTACT_S))
+
+    def _score(self, texts: list[str], offset: int) -> list[float]:
+        """One request with its retries; `offset` is the index of its first conversation."""
+        for attempt in range(len(BACKOFF_S) + 1):
+            try:
+                rewards, _ = self._infer(texts, self.timeout_s)
+                return self._checked(rewards, len(texts), offset)
+            except self._triton.InferenceServerException as error:
+                status, text = _status(error), _text(error)
+                if not _curable(status, text):
+                    raise self._refusal(status, text, offset, len(texts)) from error
+                out_of_time = status == "DEADLINE_EXCEEDED" and attempt + 1 == DEADLINE_ATTEMPTS
+                if attempt == len(BACKOFF_S) or out_of_time:
+                    raise RewardServerError(
+                        f"{self._who()} failed {attempt + 1} times, at last with {status}: {text}"
+                        f"{_remedy(status, text, self.timeout_s)}"
+                    ) from error
+            if self._check is not None:
+                self._check()
+            if self._closing.wait(BACKOFF_S[attempt]):
+                raise RewardServerError(f"{self._who()}: the client was closed before an answer came")
+        raise AssertionError("the last attempt returns or raises")
+
+    def _infer(self, texts: list[str], timeout_s: float) -> tuple[list[float], str]:
+        """Rewards and the version that gave them. Raises tritonclient's exception."""
+        import numpy as np
+
+        tensor = self._triton.InferInput("conversation", [len(texts), 1], "BYTES")
+        tensor.set_data_from_numpy(np.array([t.encode() for t in texts], dtype=np.object_).reshape(-1, 1))
+        result = self._client.infer(
+            self.model_name,
+            [tensor],
+            model_version=self._version,
+            outputs=[self._triton.InferRequestedOutput("reward")],
+            client_timeout=timeout_s,
+        )
+        rewards = result.as_numpy("reward").reshape(-1).tolist()
+        return rewards, str(result.get_response().model_version)
+
+    def _checked(self, rewards: list[float], expected: int, offset: int) -> list[float]:
+        if len(rewards) != expected:
+            raise RewardServerError(f"{self._who()} gave {len(rewards)} rewards for {expected} conversations")
+        for index, reward in enumerate(rewards):
+            if not math.isfinite(reward):
+                raise RewardRequestError(f"{self._who()} gave the reward {reward} to conversation {offset + index}")
+        return rewards
+
+    def _refusal(self, status: str, text: str, offset: int, count: int) -> RewardError:
+        """The error for an answer that no retry cures; the model names the place within its request."""
+        named = re.search(r"conversation (\d+): (.*)", text, re.DOTALL)
+        if named:
+            return RewardRequestError(
+                f"{self._who()} cannot score conversation {offset + int(named[1])}: {named[2].strip()}"
+            )
+        if status == "INVALID_ARGUMENT":
+            return RewardRequestError(f"{self._who()} refused conversations {offset} to {offset + count - 1}: {text}")
+        return RewardServerError(f"{self._who()} failed with {status}: {text}")
+
+    def _who(self) -> str:
+        version = f" version {self._version}" if self._version else ""
+        return f"the reward model {self.model_name}{version} at {self.url}"
+
+
+def score_rollouts(client: RewardClient, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+    """The rollouts with their rewards, in order; equal responses to one prompt are scored once.
+
+    Raises RewardError.
+    """
+    first = {(r.prompt_id, r.response): r for r in reversed(rollouts)}
+    rewards = dict(zip(first, client.score([r.conversation for r in first.values()]), strict=True))
+    version = client.model_version if rollouts else ""
+    return [
+        with_reward(r, rewards[r.prompt_id, r.response], model=client.model_name, version=version) for r in rollouts
+    ]
+
+
+def score_in_background(client: RewardClient, rollouts: Sequence[Rollout]) -> Future[list[ScoredRollout]]:
+    """`score_rollouts` in the client's own thread, one batch after the other, while the caller generates."""
+    return client._background.submit(score_rollouts, client, rollouts)
+
+
+def _to_json(conversation: Any, index: int) -> str:
+    """A conversation as the server reads it. Raises RewardRequestError."""
+    if isinstance(conversation, Sequence) and not isinstance(conversation, str):
+        parts = list(conversation)
+        if len(parts) == 2 and all(isinstance(part, str) for part in parts):
+            parts = [{"role": "user", "content": parts[0]}, {"role": "assistant", "content": parts[1]}]
+        if parts and all(_is_message(part) for part in parts):
+            return json.dumps([{"role": part["role"], "content": part["content"]} for part in parts])
+    raise RewardRequestError(
+        f"conversation {index} must be a non-empty list of {{role, content}} messages or a (prompt, response) pair "
+        f"of strings, got {str(conversation)[:80]!r}"
+    )
+
+
+def _is_message(part: Any) -> bool:
+    return isinstance(part, dict) and isinstance(part.get("role"), str) and isinstance(part.get("content"), str)
+
+
+def _curable(status: str, text: str) -> bool:
+    """Faults that pass: overload, a lost connection, a model process that the server's keeper starts anew."""
+    return status in ("UNAVAILABLE", "DEADLINE_EXCEEDED") or "Connection reset" in text or _stub_is_gone(text)
+
+
+def _stub_is_gone(text: str) -> bool:
+    return "not healthy" in text or "Stub process" in text
+
+
+def _remedy(status: str, text: str, timeout_s: float) -> str:
+    if _stub_is_gone(text):
+        return ". The model's process has died, and Triton never starts it again: restart the server"
+    if status == "DEADLINE_EXCEEDED":
+        return f". Raise reward.timeout_s ({timeout_s:g}), or give the server more threads or a GPU"
+    return ". Check that the server runs and is reachable"
+
+
+def _status(error: Any) -> str:
+    """gRPC's name of the failure, e.g. UNAVAILABLE."""
+    return str(error.status() or "UNKNOWN").removeprefix("StatusCode.")
+
+
+def _text(error: Any) -> str:
+    return " ".join(str(error.message() or error).split())

@@ -1,0 +1,143 @@
+"""The statistics of a run, each defined once.
+
+A value per prompt goes in, the prompts are the unit of resampling: samples of one prompt are not
+independent of each other, prompts are. Intervals are 95 % percentile bootstraps of the mean; a comparison
+of two policies is paired, so the differences per prompt are what is resampled. Nothing here measures a
+model; `n` and `P` are the responses per prompt and the prompts.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from alignment.errors import DataError
+from alignment.selection import REWARD_DECIMALS
+
+Floats = Sequence[float] | npt.NDArray[np.float64]
+
+DRAWS = 10_000
+"""Resamples of a bootstrap interval."""
+BLOCK = 1 << 20
+"""Values resampled at a time: bounds the memory of a bootstrap to some 16 MB whatever the number of prompts."""
+
+
+class Estimate(NamedTuple):
+    """A mean over prompts and the ends of its 95 % interval."""
+
+    value: float
+    ci95: tuple[float, float]
+
+
+def paired_bootstrap(values: Floats, *, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean of `values` (P,), one value per prompt.
+
+    For a paired comparison the values are the differences per prompt. One value has an interval of no
+    width. Raises DataError where there is no value, or one that is not finite.
+    """
+    array = _vector(values, "values")
+    rng = np.random.default_rng(seed)
+    rows = max(1, BLOCK // len(array))
+    means = np.empty(draws)
+    for start in range(0, draws, rows):
+        count = min(rows, draws - start)
+        means[start : start + count] = array[rng.integers(0, len(array), size=(count, len(array)))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def mean_difference(aligned: Floats, base: Floats, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
+    """Mean of aligned − base over prompts, both (P,), with its paired interval. Raises DataError."""
+    difference = _paired(aligned, base)
+    return Estimate(float(difference.mean()), paired_bootstrap(difference, draws=draws, seed=seed))
+
+
+def win_rate(aligned: Floats, base: Floats, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
+    """Share of prompts where `aligned` (P,) scores above `base` (P,), ties one half, with its interval.
+
+    Scores are compared rounded to 4 decimals, as selection compares them. Raises DataError.
+    """
+    wins = _wins(aligned, base)
+    return Estimate(float(wins.mean()), paired_bootstrap(wins, draws=draws, seed=seed))
+
+
+def best_of_n_kl_bound(n: int) -> float:
+    """Upper bound in nats of best-of-n's KL to the policy it samples from: log n − (n − 1)/n.
+
+    Beirami et al., "Theoretical guarantees on the best-of-n alignment policy", 2024. Raises DataError for n < 1.
+    """
+    if n < 1:
+        raise DataError(f"best-of-n needs n >= 1, got {n}")
+    return math.log(n) - (n - 1) / n
+
+
+def best_of_n_win_rate(
+    pool_rewards: Sequence[Sequence[float]],
+    opponent: Floats,
+    judge_pool: Sequence[Sequence[float]],
+    judge_opponent: Floats,
+) -> tuple[float, float]:
+    """Win rates of best-of-n by reward and by judge, against one response per prompt from outside the pool.
+
+    In each prompt's pool of n responses the one with the highest `pool_rewards` (P, n) is picked, ties to
+    the lowest index; its reward is compared to `opponent` (P,), its judge score in `judge_pool` (P, n) to
+    `judge_opponent` (P,). The judge never picks. Raises DataError for shapes that do not match.
+    """
+    rewards, judge = _matrix(pool_rewards, "pool_rewards"), _matrix(judge_pool, "judge_pool")
+    if rewards.shape != judge.shape:
+        raise DataError(f"pool_rewards {rewards.shape} and judge_pool {judge.shape} must have the same shape (P, n)")
+    best = np.round(rewards, REWARD_DECIMALS).argmax(axis=1)[:, None]
+    by_reward = _wins(np.take_along_axis(rewards, best, axis=1)[:, 0], opponent)
+    by_judge = _wins(np.take_along_axis(judge, best, axis=1)[:, 0], judge_opponent)
+    return float(by_reward.mean()), float(by_judge.mean())
+
+
+def distinct_n(texts: Sequence[str], n: int = 2) -> float:
+    """Share of distinct word n-grams among all word n-grams of `texts`; words are split at white space.
+
+    1 means that none repeats, near 0 that the texts are alike. 0.0 where no text has n words.
+    """
+    grams = [tuple(words[i : i + n]) for words in (text.split() for text in texts) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _wins(aligned: Floats, base: Floats) -> npt.NDArray[np.float64]:
+    """1 where `aligned` is higher, 0.5 at a tie, 0 where it is lower; (P,)."""
+    a, b = (np.round(_vector(x, name), REWARD_DECIMALS) for x, name in ((aligned, "aligned"), (base, "base")))
+    _same_length(a, b)
+    wins: npt.NDArray[np.float64] = (np.sign(a - b) + 1) / 2
+    return wins
+
+
+def _paired(aligned: Floats, base: Floats) -> npt.NDArray[np.float64]:
+    a, b = _vector(aligned, "aligned"), _vector(base, "base")
+    _same_length(a, b)
+    return a - b
+
+
+def _same_length(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> None:
+    if len(a) != len(b):
+        raise DataError(f"a paired comparison needs one value per prompt on both sides, got {len(a)} and {len(b)}")
+
+
+def _vector(values: Floats, name: str) -> npt.NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or not len(array):
+        raise DataError(f"{name} must hold one number per prompt and at least one, got shape {array.shape}")
+    if not np.isfinite(array).all():
+        raise DataError(f"{name}[{int(np.flatnonzero(~np.isfinite(array))[0])}] is not a finite number")
+    return array
+
+
+def _matrix(values: Sequence[Sequence[float]], name: str) -> npt.NDArray[np.float64]:
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except ValueError:
+        raise DataError(f"{name} must hold the same number of responses for every prompt") from None
+    if array.ndim != 2 or not array.size:
+        raise DataError(f"{name} must have the shape (prompts, responses per prompt), got {array.shape}")
+    if not np.isfinite(array).all():
+        raise DataError(f"{name} has a value that is not finite, at {tuple(np.argwhere(~np.isfinite(array))[0])}")
+    return array

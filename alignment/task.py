@@ -1,0 +1,69 @@
+"""What every task of a run has around its work: a device check, a reward server, W&B, and a clock."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from alignment.config import Config
+from alignment.errors import ConfigError
+from alignment.reward_server import RewardServer, reward_server
+from alignment.run_folder import RunFolder
+from alignment.tracking import Tracker, tracked
+from alignment.types import RewardModelRef
+
+START_S = 300.0
+"""How long a local reward server may take to load its model."""
+
+
+def claim_devices(config: Config) -> None:
+    """Settle what this process and its children compute on. Raises ConfigError where the node has too few GPUs."""
+    # DeepSpeed, which transformers imports, would otherwise look for an accelerator and warn that it found none.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if config.resources.gpu else "cpu")
+    if config.resources.gpu == 0:
+        return
+    import torch
+
+    if config.resources.gpu > torch.cuda.device_count():
+        raise ConfigError(
+            f"resources.gpu ({config.resources.gpu}) is more than the {torch.cuda.device_count()} GPUs that torch "
+            "sees here: run on a larger node, or set resources.gpu=0 for the CPU"
+        )
+
+
+def served(config: Config, run: RunFolder, reward: RewardModelRef) -> AbstractContextManager[RewardServer]:
+    """The reward server of this task: external where `reward.url` is set, else a child that ends with it."""
+    return reward_server(
+        repository=Path(reward.repository),
+        name=reward.name,
+        version=reward.version,
+        url=config.reward.url,
+        grpc_port=config.reward.grpc_port,
+        log=run.path / "logs" / "triton.log",
+        threads=config.resources.threads,
+    )
+
+
+def tracker(config: Config, run: RunFolder) -> AbstractContextManager[Tracker]:
+    """The run's one W&B run, joined by this process."""
+    return tracked(
+        run.path.name,
+        mode=config.wandb.mode,
+        project=config.wandb.project,
+        config=config.model_dump(mode="json"),
+        folder=run.path,
+    )
+
+
+def ready_timeout_s(config: Config) -> float:
+    """How long to wait for the reward server: an external one is there or not, a local one has to start."""
+    return config.reward.timeout_s if config.reward.url else START_S
+
+
+@contextmanager
+def timed_task(run: RunFolder, name: str) -> Iterator[None]:
+    """Adds a "task" record with the seconds that the body took, once it has ended well."""
+    begun = time.monotonic()
+    yield
+    run.append_metrics({"kind": "task", "name": name, "seconds": time.monotonic() - begun})

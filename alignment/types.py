@@ -1,0 +1,141 @@
+"""The carriers that pass between stages. All are frozen: a stage returns new ones and changes none.
+
+    Prompt ──rollouts──► Rollout ──scoring──► ScoredRollout ──selection──► Decision ──update──► StepUpdate
+
+Rollouts are grouped by `prompt_id`, never by text or token ids: two prompts may share a text.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypedDict
+
+FinishReason = Literal["stop", "length"]
+
+
+class Message(TypedDict):
+    """One turn of a conversation; `role` is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+Conversation = Sequence[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation that waits for the policy's answer. A plain text is one message of the user."""
+
+    prompt_id: str
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """Two conversations of which the first is preferred. `prompt` holds the messages that both share."""
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One sampled response to a prompt.
+
+    `response_ids` ends with the ending token when `finish_reason` is "stop"; `prompt` is the text that the
+    policy read, `messages` the conversation that the reward model will see before the response.
+    """
+
+    prompt_id: str
+    rollout_index: int
+    response: str
+    finish_reason: FinishReason
+    prompt: str = ""
+    messages: tuple[Message, ...] = ()
+    prompt_ids: tuple[int, ...] = ()
+    response_ids: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens, the ending token included."""
+        return len(self.response_ids)
+
+    @property
+    def conversation(self) -> list[Message]:
+        """Prompt and response as the reward model reads them."""
+        return [*self.messages, {"role": "assistant", "content": self.response}]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredRollout(Rollout):
+    """A rollout with its reward (the reward model's scalar, no unit, higher is better) and who gave it."""
+
+    reward: float
+    reward_model: str = ""
+    reward_model_version: str = ""
+
+
+def with_reward(rollout: Rollout, reward: float, *, model: str, version: str) -> ScoredRollout:
+    """The rollout with its reward and the name and version of the reward model that gave it."""
+    kept = {field.name: getattr(rollout, field.name) for field in fields(Rollout)}
+    return ScoredRollout(**kept, reward=reward, reward_model=model, reward_model_version=version)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What selection decided about one rollout, and why."""
+
+    prompt_id: str
+    rollout_index: int
+    selected: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepUpdate:
+    """One RS step's fine-tuning: sums over its optimizer steps.
+
+    `loss` is nats per response token, `grad_norm` the largest norm before clipping, `lr` the rate used.
+    An empty selection gives `optimizer_steps` 0 and no loss.
+    """
+
+    optimizer_steps: int
+    response_tokens: int
+    loss: float | None
+    grad_norm: float | None
+    lr: float
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A reference to a checkpoint folder; small enough for a Metaflow artifact."""
+
+    uri: str
+    sha256: str
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class RewardModelRef:
+    """One version of a reward model in a Triton repository: what scores are recorded under.
+
+    `accuracy` is the share of held-out pairs ranked right (None where it was not measured here),
+    `digest` the sha256 of the version's weights.
+    """
+
+    name: str
+    version: str
+    digest: str
+    repository: str
+    accuracy: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeRef:
+    """The independent judge, which is reported and never selects. `uri` is its folder."""
+
+    name: str
+    uri: str
+    accuracy: float
+    details: dict[str, Any] = field(default_factory=dict)

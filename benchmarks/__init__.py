@@ -1,0 +1,1 @@
+"""Comparisons, each a command that prints its result."""

@@ -1,0 +1,85 @@
+"""Rejection-sampling alignment: `python flows/rs_flow.py run`."""
+
+from sources import CONFIG_HELP, DEFAULT_PRESET, PACKAGED, SUFFIXES, main, parse_preset, plain_errors, typed  # isort: skip
+
+from metaflow import Config, FlowSpec, config_expr, current, package_sources, resources, step
+
+GPU, CPU, MEMORY = (config_expr(f"config.resources.{name}") for name in ("gpu", "cpu", "memory"))
+
+
+@package_sources(PACKAGED, suffixes=SUFFIXES)
+class RSFlow(FlowSpec):
+    """Align a language model by rejection sampling.
+
+    start         check the config, lay out the run folder, split the prompts
+    reward_model  train the reward model and the judge, export the former to a Triton repository
+    iterate       rollouts, scoring, selection, update, validation: RS steps until the run has them all
+    evaluate      the best checkpoint against the base, on prompts that nothing has seen
+    end           say how it went
+
+    The first run's id names runs/<run id>/ for good: a resume appends there.
+    """
+
+    config = Config("config", default=DEFAULT_PRESET, parser=parse_preset, help=CONFIG_HELP)
+
+    @step
+    def start(self):
+        """Check the config, lay out the run folder, split and write the prompts."""
+        import time
+
+        from alignment.stages import begin
+
+        self.started = time.time()
+        self.run_name = str(current.run_id)
+        with plain_errors():
+            self.run_path, self.prompt_counts = begin(typed(self.config), self.run_name)
+        self.iteration = 0
+        self.next(self.reward_model)
+
+    @resources(gpu=GPU, cpu=CPU, memory=MEMORY)
+    @step
+    def reward_model(self):
+        """Train the reward model and the judge; export the reward model as a version of a Triton repository."""
+        from alignment.stages import prepare_scorers
+
+        with plain_errors():
+            self.reward_model_ref, self.judge_ref = prepare_scorers(typed(self.config), self.run_path)
+        self.next(self.iterate)
+
+    @resources(gpu=GPU, cpu=CPU, memory=MEMORY)
+    @step
+    def iterate(self):
+        """One iteration of RS steps from the last checkpoint; loops to itself until all steps are done."""
+        from alignment.stages import run_iteration
+
+        self.iteration += 1
+        with plain_errors():
+            self.checkpoint = run_iteration(
+                typed(self.config), self.run_path, self.reward_model_ref, self.judge_ref, self.iteration
+            )
+        self.again = "yes" if self.checkpoint["step"] < self.config.loop.max_steps else "no"
+        self.next({"yes": self.iterate, "no": self.evaluate}, condition="again")
+
+    @resources(gpu=GPU, cpu=CPU, memory=MEMORY)
+    @step
+    def evaluate(self):
+        """Best checkpoint by validation against the base, on held-out prompts; writes the report."""
+        from alignment.stages import run_evaluation
+
+        with plain_errors():
+            self.report, self.checkpoint = run_evaluation(
+                typed(self.config), self.run_path, self.reward_model_ref, self.judge_ref, self.started
+            )
+        self.next(self.end)
+
+    @step
+    def end(self):
+        """Say how it went and where the report is."""
+        from alignment.report import summary
+
+        print(summary(self.report))
+        print(f"report: {self.run_path}/report.html")
+
+
+if __name__ == "__main__":
+    main(RSFlow)

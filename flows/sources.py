@@ -1,0 +1,128 @@
+"""What every flow file shares: where the source tree is, the config option, `--set`, and plain error messages.
+
+In a checkout the flows stand in `flows/` beside `alignment/`; in a code package Metaflow lays the flow's
+folder flat at the archive's root, and `alignment/` stands beside the flow file itself.
+"""
+
+import getpass
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_HERE = Path(__file__).resolve().parent
+SOURCE_ROOT = _HERE if (_HERE / "alignment").is_dir() else _HERE.parent
+"""The folder that holds `alignment/`, `models/`, `infra/`, `triton_repo/` and `configs/`."""
+
+PACKAGED = [str(SOURCE_ROOT / name) for name in ("alignment", "models", "infra", "triton_repo", "configs")]
+SUFFIXES = ".py,.pbtxt,.yaml,.json,.jinja"
+"""What travels to remote tasks: code and templates, never weights."""
+
+CONFIG_HELP = "preset, a YAML file; any field can be overridden by --set section.field=value (repeatable)"
+DEFAULT_PRESET = str(SOURCE_ROOT / "configs" / "imdb_sentiment.yaml")
+
+if str(SOURCE_ROOT) not in sys.path:
+    sys.path.insert(0, str(SOURCE_ROOT))
+
+# Metaflow wants a user other than root, which a container rarely has, and looks for one when it is imported.
+_user = getpass.getuser()
+os.environ.setdefault("METAFLOW_USER", _user if _user != "root" else "local")
+
+
+def parse_preset(text: str) -> dict[str, Any]:
+    """Metaflow's parser for the `config` option: YAML or JSON text to a checked, complete, plain dict."""
+    from alignment.config import parse_config
+
+    with plain_errors():
+        values = parse_config(text).model_dump(mode="json")
+    # Tasks and resumes may work in another folder than the one in which the run was started.
+    values["run"]["root"] = _absolute(values["run"]["root"])
+    if values["reward"]["repository"]:
+        values["reward"]["repository"] = _absolute(values["reward"]["repository"])
+    return values
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else str(Path(path).expanduser().resolve())
+
+
+def typed(values: Any) -> Any:
+    """The dict-like value that a step sees as `self.config`, as the typed tree."""
+    from alignment.config import validate_config
+
+    return validate_config(values.to_dict() if hasattr(values, "to_dict") else dict(values))
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Errors that a user can cure become Metaflow's own kind, which it prints without a traceback."""
+    from metaflow.exception import MetaflowException
+
+    from alignment.errors import AlignmentError
+
+    try:
+        yield
+    except AlignmentError as error:
+        shown = MetaflowException(str(error))
+        shown.headline = type(error).__name__
+        raise shown from None
+
+
+def fold_overrides(arguments: Sequence[str]) -> list[str]:
+    """The command line with `--set section.field=value` and `--config config FILE` folded into one config value.
+
+    Metaflow resolves decorators from the config before it reads parameters, so an override must be in the
+    config by then to reach `@resources`. A resume keeps the config of the run that it continues.
+    """
+    from alignment.config import load_config
+
+    rest, overrides, preset = [], [], DEFAULT_PRESET
+    queue = list(arguments)
+    while queue:
+        word = queue.pop(0)
+        if word == "--set" or word.startswith("--set="):
+            overrides.append(_value(word, queue))
+        elif word == "--config" and queue[:1] == ["config"] and len(queue) > 1:
+            preset = queue[1]
+            rest += [word, *queue[:2]]
+            del queue[:2]
+        else:
+            rest.append(word)
+    if not overrides:
+        return rest
+    if "--config-value" in rest:
+        sys.exit("--set cannot be combined with --config-value: put the value into the JSON itself")
+    if "resume" in rest:
+        sys.exit("--set cannot change a resumed run: a resume keeps its config; start a new run to change it")
+    with _exit_on_error():
+        resolved = load_config(preset, overrides).model_dump_json()
+    if preset is not DEFAULT_PRESET:
+        at = rest.index("--config")
+        del rest[at : at + 3]
+    return ["--config-value", "config", resolved, *rest]
+
+
+def main(flow: Callable[[], object]) -> None:
+    """Run a flow's command line."""
+    sys.argv[1:] = fold_overrides(sys.argv[1:])
+    flow()
+
+
+def _value(word: str, queue: list[str]) -> str:
+    if "=" in word:
+        return word.partition("=")[2]
+    if not queue:
+        sys.exit("--set needs a value: --set section.field=value, e.g. --set training.lr=1e-5")
+    return queue.pop(0)
+
+
+@contextmanager
+def _exit_on_error() -> Iterator[None]:
+    from alignment.errors import AlignmentError
+
+    try:
+        yield
+    except AlignmentError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

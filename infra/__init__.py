@@ -1,0 +1,1 @@
+"""Where the system runs: the local Triton launcher, containers, clusters, dashboards."""

@@ -1,0 +1,250 @@
+"""Serve exported reward models on this machine, with the Triton that the `nvidia-pytriton` wheel carries.
+
+    python -m infra.triton --repository runs/triton_repo
+
+Serves on loopback until Ctrl-C. Tritonserver sees a private view of the repository: links to the exported
+versions alone, so that one version can be pinned and the bare template is never loaded. Its model control is
+off, so nobody who reaches its ports can make it load code; the other management protocols are closed with a
+key that nobody keeps.
+
+A model whose process dies never comes back by itself, while Triton goes on saying "ready"; this supervisor
+notices and starts the server anew. With `--watch-stdin` everything ends when stdin does, that is when the
+owner of the pipe ends, however it ends.
+"""
+
+import argparse
+import ctypes
+import os
+import secrets
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from alignment.errors import AlignmentError, RewardServerError
+from infra.triton_setup import EXIT_TIMEOUT_S, Ports, free_ports, prepare, servable_versions
+
+MAX_RESTARTS = 3
+POLL_S = 0.25
+CANARY_S = 10.0
+PR_SET_PDEATHSIG = 1
+
+
+def serve(
+    models: dict[str, list[str]],
+    *,
+    repository: Path,
+    ports: Ports,
+    threads: int | None,
+    log: IO[bytes],
+    should_stop: Callable[[float], bool],
+    on_ready: Callable[[], None],
+) -> None:
+    """Run tritonserver until `should_stop(wait_s)` says so; start it anew when its model's process is lost.
+
+    Raises RewardServerError when it cannot be started, or was lost more than `MAX_RESTARTS` times.
+    """
+    with tempfile.TemporaryDirectory(prefix="triton-") as scratch:
+        prefix = f"triton_{os.getpid()}_{secrets.token_hex(4)}"
+        command, environment = prepare(Path(scratch), models, repository, ports, prefix, threads)
+        for start in range(MAX_RESTARTS + 1):
+            # PR_SET_PDEATHSIG covers a supervisor that is killed with -9: it cannot run its `finally`.
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_die_with_parent(),
+            )
+            was_ready, reason = False, "interrupted"
+            try:
+                was_ready, reason = _watch(process, list(models), ports, should_stop, on_ready)
+            finally:
+                # A server that lost its model's process would wait for it in vain.
+                _stop(process, prefix, grace_s=0 if was_ready and reason else EXIT_TIMEOUT_S + 5)
+            if not reason:
+                return
+            if not was_ready or start == MAX_RESTARTS:
+                raise RewardServerError(f"the reward server failed: {reason}")
+            print(f"{reason}; starting the server again", file=sys.stderr, flush=True)
+
+
+def log_tail(path: Path, lines: int = 15) -> str:
+    """The last lines of a log, indented; for error messages."""
+    if not path.is_file():
+        return f"    ({path} does not exist)"
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 65536))
+        text = file.read().decode("utf-8", errors="replace")
+    return "\n".join(f"    {line}" for line in text.splitlines()[-lines:])
+
+
+def _die_with_parent() -> Callable[[], None]:
+    """For the child, between fork and exec: ask the kernel for a SIGTERM when the parent goes."""
+    # Looked up before the fork: after it, a lock of the loader may be held by a thread that is no more.
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
+def _watch(
+    process: subprocess.Popen[bytes],
+    models: list[str],
+    ports: Ports,
+    should_stop: Callable[[float], bool],
+    on_ready: Callable[[], None],
+) -> tuple[bool, str]:
+    """Until the end: whether the server got ready, and what ended it ("" when asked to stop)."""
+    ready = False
+    while not should_stop(POLL_S):
+        if process.poll() is not None:
+            return ready, f"tritonserver ended with code {process.returncode}"
+        if not ready and all(_answers(f"127.0.0.1:{ports.grpc}", model) for model in models):
+            ready = True
+            stubs = len(_living_children(process.pid))
+            on_ready()
+        if ready and len(_living_children(process.pid)) < stubs:
+            return ready, "the model's process has died"
+    return ready, ""
+
+
+def _answers(url: str, model: str) -> bool:
+    """Whether the model answers a canary conversation now. Raises RewardServerError if it never will."""
+    if not _listens(url):
+        return False
+    from alignment.scoring import RewardClient
+
+    with RewardClient(url, model) as client:
+        return not client.probe(CANARY_S)
+
+
+def _listens(url: str) -> bool:
+    host, _, port = url.rpartition(":")
+    with socket.socket() as s:
+        s.settimeout(1.0)
+        return s.connect_ex((host, int(port))) == 0
+
+
+def _living_children(pid: int) -> set[int]:
+    """Child processes that are no zombies; tritonserver's are the model's processes."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # The command name in brackets may hold blanks.
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+        except (OSError, ValueError):
+            continue  # it ended while we looked
+        if int(parent) == pid and state != "Z":
+            found.add(int(stat.parent.name))
+    return found
+
+
+def _stop(process: subprocess.Popen[bytes], prefix: str, grace_s: float) -> None:
+    """End the server, its stubs and its shared memory, by force if it has not gone after `grace_s` seconds."""
+    process.terminate()
+    try:
+        process.wait(grace_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    # Its own session, hence its own group: stubs that outlived it.
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for region in Path("/dev/shm").glob(f"{prefix}*"):
+        region.unlink(missing_ok=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line: 0 after a stop that was asked for, 1 when the server failed, 2 when there is nothing to serve."""
+    options = _parser().parse_args(arguments)
+    stopping: list[int] = []
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        stopping.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+
+    def should_stop(wait_s: float) -> bool:
+        if not options.watch_stdin:
+            time.sleep(wait_s)
+        elif select.select([sys.stdin], [], [], wait_s)[0]:
+            return bool(stopping) or not os.read(sys.stdin.fileno(), 4096)
+        return bool(stopping)
+
+    try:
+        models = servable_versions(options.repository, options.model, options.version)
+    except RewardServerError as error:
+        print(error, file=sys.stderr)
+        return 2
+    try:
+        ports = _ports(options)
+        with ExitStack() as stack:
+            log = stack.enter_context(options.log.open("ab")) if options.log else sys.stderr.buffer
+            serve(
+                models,
+                repository=options.repository,
+                ports=ports,
+                threads=options.threads,
+                log=log,
+                should_stop=should_stop,
+                on_ready=lambda: _announce(models, ports, options.log),
+            )
+    except AlignmentError as error:
+        tail = f"; its last lines ({options.log}):\n{log_tail(options.log)}" if options.log else ""
+        print(f"{error}{tail}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m infra.triton", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--repository", type=Path, required=True, help="folder that exports go to (reward.repository)")
+    parser.add_argument("--model", help="serve this model alone")
+    parser.add_argument("--version", help="serve this version alone")
+    for kind in ("grpc", "http", "metrics"):
+        parser.add_argument(f"--{kind}-port", type=int, default=0, help="0 picks a free one")
+    parser.add_argument("--threads", type=int, help="torch threads of the model; all cores if left out")
+    parser.add_argument("--log", type=Path, help="file for tritonserver's output; stderr if left out")
+    parser.add_argument("--watch-stdin", action="store_true", help="end when stdin ends")
+    return parser
+
+
+def _ports(options: argparse.Namespace) -> Ports:
+    """The ports asked for, free ones for 0. Raises RewardServerError for one that is taken."""
+    asked = (options.grpc_port, options.http_port, options.metrics_port)
+    for kind, port in zip(("grpc", "http", "metrics"), asked, strict=True):
+        with socket.socket() as s:
+            # Like a server: a port whose old connections linger is free.
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                s.bind(("127.0.0.1", port))
+            except OSError as error:
+                key = "reward.grpc_port or --grpc-port" if kind == "grpc" else f"--{kind}-port"
+                raise RewardServerError(
+                    f"port {port} on 127.0.0.1 is not free ({error.strerror}): set {key} to another, or to 0"
+                ) from error
+    return Ports(*(port or free for port, free in zip(asked, free_ports(3), strict=True)))
+
+
+def _announce(models: dict[str, list[str]], ports: Ports, log: Path | None) -> None:
+    """Print where the models are served."""
+    names = ", ".join(f"{name} (version {', '.join(versions)})" for name, versions in models.items())
+    print(f"serving {names}; stop with Ctrl-C")
+    print(f"  gRPC     127.0.0.1:{ports.grpc}    (reward.url)")
+    print(f"  HTTP     http://127.0.0.1:{ports.http}")
+    print(f"  metrics  http://127.0.0.1:{ports.metrics}/metrics")
+    print(f"  log      {log or 'stderr'}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

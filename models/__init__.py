@@ -1,0 +1,1 @@
+"""Torch code: the policy, the reward model, losses, decoding and checkpoints."""

@@ -1,0 +1,200 @@
+"""Checkpoints: a Hugging Face folder plus optimizer state, a manifest with sha256 sums, and DONE written last.
+
+    step-000010/
+      model.safetensors config.json tokenizer…   loadable by transformers as it is
+      optimizer/rank-00000.safetensors           AdamW moments (and fp32 masters under ZeRO), one file a rank
+      run_config.json                            the resolved config
+      manifest.json                              step, files with sha256 and size, versions, validation
+      DONE                                       sha256 of the manifest
+
+A folder is written beside its place and renamed: one that has no DONE never was a checkpoint. Nothing is
+pickled: reading a checkpoint executes nothing.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from alignment.atomic_files import settle_files, sync_folder, write_text
+from alignment.errors import CheckpointError, DiskError
+from alignment.types import Checkpoint
+
+VERSIONED = ("torch", "transformers", "deepspeed", "safetensors")
+
+
+def checkpoint_folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of an RS step lives."""
+    return checkpoints / f"step-{step:06d}"
+
+
+def staging_folder(checkpoints: Path, step: int) -> Path:
+    """Where a checkpoint is put together before it gets its name."""
+    return checkpoints / f".step-{step:06d}.partial"
+
+
+def write_optimizer_state(staging: Path, rank: int, state: Mapping[str, Tensor]) -> None:
+    """One rank's optimizer tensors. Raises DiskError."""
+    from safetensors.torch import save_file
+
+    path = staging / "optimizer" / f"rank-{rank:05d}.safetensors"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
+    except Exception as error:  # safetensors reports a full disk as its own SafetensorError
+        raise DiskError(
+            f"cannot write {path}: {error}. Free space and resume: the last checkpoint is intact"
+        ) from error
+
+
+def read_optimizer_state(checkpoint: Path, rank: int) -> dict[str, Tensor]:
+    """One rank's optimizer tensors. Raises CheckpointError where the file is missing or damaged."""
+    from safetensors.torch import load_file
+
+    path = checkpoint / "optimizer" / f"rank-{rank:05d}.safetensors"
+    try:
+        state: dict[str, Tensor] = load_file(path)
+    except Exception as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    return state
+
+
+def seal(
+    checkpoints: Path, step: int, *, ranks: int, config: Mapping[str, Any], details: Mapping[str, Any]
+) -> Checkpoint:
+    """Give a staged folder its manifest, DONE and name; returns its reference. Raises DiskError."""
+    staging, final = staging_folder(checkpoints, step), checkpoint_folder(checkpoints, step)
+    try:
+        (staging / "run_config.json").write_text(json.dumps(config, indent=2))
+        files = sorted(p for p in staging.rglob("*") if p.is_file())
+        sums = {str(p.relative_to(staging)): {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in files}
+        manifest = {
+            "format": 1,
+            "step": step,
+            "ranks": ranks,
+            "weights_sha256": _weights_digest(sums),
+            "files": sums,
+            "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
+            **details,
+        }
+        text = json.dumps(manifest, indent=2)
+        settle_files(staging)
+        write_text(staging / "manifest.json", text)
+        write_text(staging / "DONE", hashlib.sha256(text.encode()).hexdigest())
+        if final.exists():  # a replay of the same step after a kill between here and the metrics
+            shutil.rmtree(final)
+        staging.rename(final)
+        sync_folder(checkpoints)
+    except OSError as error:
+        raise DiskError(f"cannot write {final}: {error.strerror}. Free space and resume") from error
+    return _reference(final, manifest)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished checkpoint. Raises CheckpointError where it is missing or was changed."""
+    try:
+        done, text = (folder / "DONE").read_text(), (folder / "manifest.json").read_text()
+        if hashlib.sha256(text.encode()).hexdigest() != done.strip():
+            raise CheckpointError(
+                f"{folder / 'manifest.json'} does not match DONE: it was changed after it was written"
+            )
+        manifest = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is not a finished checkpoint: {error}") from error
+    return _checked(manifest, folder)
+
+
+def verify(folder: Path) -> Checkpoint:
+    """A checkpoint whose every file matches its manifest. Raises CheckpointError naming the first that does not."""
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise CheckpointError(f"{folder / 'manifest.json'} names {name}, which lies outside the checkpoint")
+        if not path.is_file() or path.stat().st_size != expected["bytes"] or sha256_file(path) != expected["sha256"]:
+            raise CheckpointError(
+                f"{path} is missing or damaged (its sha256 is not the manifest's): "
+                f"remove {folder} to continue from the checkpoint before it"
+            )
+    unlisted = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - set(manifest["files"])
+    if unlisted - {"manifest.json", "DONE"}:
+        raise CheckpointError(f"{folder} holds files that its manifest does not list: {', '.join(sorted(unlisted))}")
+    return _reference(folder, manifest)
+
+
+def finished(checkpoints: Path) -> list[Path]:
+    """Folders of finished checkpoints, oldest first; unverified."""
+    return sorted(p.parent for p in checkpoints.glob("step-*/DONE"))
+
+
+def last_checkpoint(checkpoints: Path) -> Checkpoint | None:
+    """The newest finished checkpoint, verified; None where there is none. Raises CheckpointError."""
+    folders = finished(checkpoints)
+    return verify(folders[-1]) if folders else None
+
+
+def best_checkpoint(checkpoints: Path) -> Checkpoint | None:
+    """The checkpoint with the highest validation reward, else the newest one, verified; None where there is none."""
+    best = _best(finished(checkpoints))
+    return verify(best) if best else last_checkpoint(checkpoints)
+
+
+def newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
+    """The newest finished checkpoint as its manifest says, its files not read; None where there is none."""
+    folders = finished(checkpoints)
+    return _reference(folders[-1], read_manifest(folders[-1])) if folders else None
+
+
+def prune(checkpoints: Path, *, keep_last: int) -> list[Path]:
+    """Remove all but the newest `keep_last` and the best by validation; returns what was removed."""
+    folders = finished(checkpoints)
+    best = _best(folders)
+    doomed = [f for f in folders[:-keep_last] if f != best]
+    for folder in doomed:
+        (folder / "DONE").unlink()  # first, so that a half-removed folder is no checkpoint
+        shutil.rmtree(folder)
+    return doomed
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checked(manifest: Any, folder: Path) -> dict[str, Any]:
+    """The manifest if it has what readers rely on: a folder may come from anywhere. Raises CheckpointError."""
+    kinds = {"step": int, "ranks": int, "weights_sha256": str, "files": dict}
+    values = manifest if isinstance(manifest, dict) else {}
+    wrong = [key for key, kind in kinds.items() if not isinstance(values.get(key), kind)]
+    entries = [] if "files" in wrong else values["files"].values()
+    if not all(isinstance(entry, dict) and {"sha256", "bytes"} <= entry.keys() for entry in entries):
+        wrong.append("files")
+    validation = values.get("validation")
+    if validation is not None and not (isinstance(validation, dict) and "reward_mean" in validation):
+        wrong.append("validation")
+    if wrong:
+        raise CheckpointError(f"{folder / 'manifest.json'} was not written by this program: {', '.join(wrong)}")
+    return values
+
+
+def _reference(folder: Path, manifest: Mapping[str, Any]) -> Checkpoint:
+    return Checkpoint(uri=str(folder), sha256=str(manifest["weights_sha256"]), step=int(manifest["step"]))
+
+
+def _best(folders: Sequence[Path]) -> Path | None:
+    """The folder with the highest validation reward, the earlier of equals; None where none was validated."""
+    validations = [(read_manifest(folder).get("validation"), folder) for folder in folders]
+    rewards = [(v["reward_mean"], folder) for v, folder in validations if v]
+    return max(rewards, key=lambda pair: pair[0])[1] if rewards else None
+
+
+def _weights_digest(sums: Mapping[str, Mapping[str, Any]]) -> str:
+    """One digest for the weights: the file's own sha256, or that of the list of shards."""
+    weights = [v["sha256"] for name, v in sorted(sums.items()) if name.endswith(".safetensors") and "/" not in name]
+    return str(weights[0]) if len(weights) == 1 else hashlib.sha256("\n".join(weights).encode()).hexdigest()

@@ -1,0 +1,41 @@
+"""Losses and divergences, as pure functions of tensors.
+
+Legend: B sequences, R response positions, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def response_loss_sum(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy summed over response tokens, in nats.
+
+    The sum, not the mean: the update divides by the token count of the whole optimizer step, so that the
+    loss does not depend on how the step was cut into micro-batches.
+
+    Shape: logits (B, R, V), targets (B, R), mask (B, R) bool; returns a scalar in float32.
+    """
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    # where, not a product: a padded position may hold inf, and inf times 0 is nan.
+    return torch.where(mask.flatten(), losses, 0.0).sum()
+
+
+def token_kl(logits: Tensor, base_logits: Tensor) -> Tensor:
+    """Exact KL(policy ‖ base) of each position's next-token distribution, in nats.
+
+    KL = Σ_v p(v) (log p(v) − log q(v)) over the whole vocabulary, at temperature 1.
+
+    Shape: both (B, R, V); returns (B, R).
+    """
+    log_p = F.log_softmax(logits.float(), dim=-1)
+    log_q = F.log_softmax(base_logits.float(), dim=-1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Mean of −log σ(r_chosen − r_rejected), in nats (Bradley and Terry 1952; Ouyang et al. 2022, equation 1).
+
+    Shape: both (B,); returns a scalar.
+    """
+    return -F.logsigmoid(chosen - rejected).mean()

@@ -1,0 +1,130 @@
+"""The policy: a Hugging Face causal LM, and its reader, which turns a prompt into token ids and back."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jinja2 import TemplateError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from alignment.errors import ConfigError, DataError, ModelError
+from alignment.types import Prompt
+from models.quiet import quiet_transformers
+
+PromptFormat = Literal["text", "chat"]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptReader:
+    """The policy's tokenizer and its rule for rendering prompts. `context` is the model's limit in tokens."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prompt_format: PromptFormat
+    context: int | None
+
+    def text(self, prompt: Prompt) -> str:
+        """The prompt as the policy reads it. Raises DataError for one that its format cannot express."""
+        if self.prompt_format == "chat":
+            messages = [{"role": m["role"], "content": m["content"]} for m in prompt.messages]
+            try:
+                return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            except (TemplateError, TypeError, ValueError) as error:  # templates refuse roles and orders of their own
+                raise DataError(f"prompt {prompt.prompt_id}: the policy's chat template refuses it: {error}") from error
+        if len(prompt.messages) != 1:
+            raise DataError(
+                f"prompt {prompt.prompt_id} has {len(prompt.messages)} messages, but policy.prompt_format (text) "
+                "continues a single text: set policy.prompt_format=chat"
+            )
+        return prompt.messages[0]["content"]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a rendered prompt; a chat template brings its own special tokens."""
+        ids = self.tokenizer(text, add_special_tokens=self.prompt_format == "text", verbose=False)["input_ids"]
+        return list(ids)
+
+    def decode(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
+        """A response's text, special tokens left out, as it continues its prompt.
+
+        A SentencePiece tokenizer drops the leading space of a text that is decoded by itself.
+        """
+        before = str(self.tokenizer.decode(list(prompt_ids), skip_special_tokens=True))
+        whole = str(self.tokenizer.decode([*prompt_ids, *response_ids], skip_special_tokens=True))
+        if whole.startswith(before):
+            return whole[len(before) :]
+        return str(self.tokenizer.decode(list(response_ids), skip_special_tokens=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A causal LM that can be sampled from. `eos_ids` holds every token that ends a response."""
+
+    model: PreTrainedModel
+    reader: PromptReader
+    eos_ids: tuple[int, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+
+def load_reader(source: str | Path, *, prompt_format: PromptFormat) -> PromptReader:
+    """Tokenizer and context length of a model folder or hub name. Raises ModelError or ConfigError."""
+    with _named_errors(source):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        context = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", None)
+    if prompt_format == "chat" and not tokenizer.chat_template:
+        raise ConfigError(f"policy.prompt_format (chat) needs a chat template, and {source} has none: use text")
+    return PromptReader(tokenizer, prompt_format, context)
+
+
+def load_policy(source: str | Path, *, prompt_format: PromptFormat, device: str = "cpu") -> Policy:
+    """A policy from a model folder or a hub name: fp32 on a CPU, bf16 on a GPU.
+
+    Raises ModelError naming the folder and the remedy.
+    """
+    reader = load_reader(source, prompt_format=prompt_format)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    with _named_errors(source):
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+        model = model.to(torch.device(device))  # type: ignore[arg-type]
+    model.eval()
+    return Policy(model, reader, _eos_ids(model, reader.tokenizer))
+
+
+@contextmanager
+def _named_errors(source: str | Path) -> Iterator[None]:
+    """Loading without transformers' reports, and with its many kinds of error as a ModelError."""
+    try:
+        with quiet_transformers():
+            yield
+    except Exception as error:  # transformers raises OSError, ValueError, SafetensorError and others here
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"cannot load the policy from {source}: {first_line}. "
+            "Set policy.model to a folder that save_pretrained wrote, or to a hub name that is reachable"
+        ) from error
+
+
+def _eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokenizer's ending token first, then those of the generation config (chat models have several)."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    candidates: Iterable[Any] = configured if isinstance(configured, list) else [configured]
+    ids = [i for i in [tokenizer.eos_token_id, *candidates] if isinstance(i, int)]
+    if not ids:
+        raise ModelError(
+            f"{model.config._name_or_path} names no ending token: set eos_token in its tokenizer_config.json"
+        )
+    return tuple(dict.fromkeys(ids))
+
+
+def check_context(reader: PromptReader, *, max_prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raise ConfigError where the longest prompt and response together exceed the policy's context."""
+    if reader.context is not None and max_prompt_tokens + max_new_tokens > reader.context:
+        raise ConfigError(
+            f"prompts.max_prompt_tokens ({max_prompt_tokens}) + rollouts.max_new_tokens ({max_new_tokens}) "
+            f"must be <= the policy's context of {reader.context} tokens: lower one of them"
+        )

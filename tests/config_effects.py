@@ -1,0 +1,347 @@
+"""What the program does under a config, seen from outside: each function runs a real part and returns what it saw.
+
+The parts are real but for three stand-ins: the reward server's client, the launch of worker processes, and
+the sampling of the evaluation, of which only the arguments are looked at. All runs share one root.
+"""
+
+import contextlib
+import functools
+import io
+import itertools
+import json
+import os
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from alignment import colocated, evaluation_stage, worker
+from alignment.config import Config, parse_config
+from alignment.errors import AlignmentError
+from alignment.preparation import load_prompt_sets
+from alignment.reward_stage import prepare_judge, prepare_reward_model
+from alignment.run_folder import RunFolder
+from alignment.stages import begin
+from alignment.task import served, tracker
+from alignment.trainer import train_step
+from alignment.types import Checkpoint, JudgeRef, RewardModelRef
+from argo import compiled, s3_stand_in
+from infra.triton_setup import free_ports
+
+_numbers = itertools.count(1)
+
+
+class RewardClientStandIn:
+    """Stands in for a client and its server: a response's reward depends on its text alone."""
+
+    def __init__(self, url: str, model_name: str, model_version: str, timeout_s: float, check: Any = None) -> None:
+        self.url, self.model_name, self.model_version, self.timeout_s = url, model_name, model_version, timeout_s
+        self._background = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> "RewardClientStandIn":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._background.shutdown()
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """It always is."""
+
+    def score(self, conversations: Any) -> list[float]:
+        return [sum(map(ord, messages[-1]["content"])) % 997 / 100 for messages in conversations]
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What one iteration of RS steps left behind."""
+
+    trainer: Any
+    threads: int
+    events: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
+    metrics: list[dict[str, Any]]
+    checkpoints: list[str]
+    weights: str
+
+    def steps(self, kind: str) -> list[int]:
+        """The RS steps that have a record of this kind."""
+        return [m["step"] for m in self.metrics if m["kind"] == kind]
+
+
+def iteration(config: Config) -> Iteration:
+    """The first iteration by a worker in this process; one that has been run is not run again."""
+    return _iteration(config.model_dump_json())
+
+
+@functools.cache
+def _iteration(text: str) -> Iteration:
+    return run_iteration(parse_config(text))
+
+
+def run_iteration(config: Config, run: RunFolder | None = None, until: int | None = None) -> Iteration:
+    """The first iteration of a new run by a worker in this process, or `run` continued to RS step `until`.
+
+    The worker's process group, of this process alone, stays: DeepSpeed cannot join a second one.
+    """
+    run, out, sessions = run or new_run(config), io.StringIO(), []
+    until = until or config.loop.steps_per_iteration
+    options = Namespace(folder=str(run.path), until=until, url="stand-in:1", version="1")
+    options.judge = str(Path(config.run.root) / "judge")
+
+    def watched(session: Any, until: int, real: Any = worker.run_iteration) -> None:
+        sessions.append(session)
+        real(session, until)
+
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    alone |= {"MASTER_PORT": str(free_ports(1)[0])}
+    with (
+        patch.dict(os.environ, alone),
+        patch("alignment.scoring.RewardClient", RewardClientStandIn),
+        patch.object(worker, "run_iteration", watched),
+        contextlib.redirect_stdout(out),
+    ):
+        worker.work(config, run, options)
+    names = sorted(p.name for p in run.checkpoints.glob("step-*"))
+    manifest = json.loads((run.checkpoints / names[-1] / "manifest.json").read_text())
+    return Iteration(
+        trainer=sessions[0].trainer,
+        threads=torch.get_num_threads(),
+        events=[json.loads(line) for line in out.getvalue().splitlines()],
+        rows=run.read_rollouts(1),
+        metrics=run.read_metrics(),
+        checkpoints=names,
+        weights=manifest["weights_sha256"],
+    )
+
+
+def new_run(config: Config) -> RunFolder:
+    """A run folder with its prompts."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        path, _ = begin(config, f"run-{next(_numbers)}")
+    return RunFolder(Path(path))
+
+
+def column(name: str) -> Any:
+    """Of the first RS step's rollouts, one column."""
+    return lambda config: [row[name] for row in iteration(config).rows]
+
+
+def longest_response(config: Config) -> int:
+    return max(column("num_tokens")(config))
+
+
+def prompts_read(config: Config) -> int:
+    return len(set(column("prompt_id")(config)))
+
+
+def responses_per_prompt(config: Config) -> float:
+    return len(column("response")(config)) / prompts_read(config)
+
+
+def num_selected(config: Config) -> int:
+    return sum(column("selected")(config))
+
+
+def cut_and_selected(config: Config) -> int:
+    return sum(row["selected"] and row["finish_reason"] == "length" for row in iteration(config).rows)
+
+
+def distinct_responses(config: Config) -> int:
+    """Different responses to the first prompt."""
+    rows = iteration(config).rows
+    return len({row["response"] for row in rows if row["prompt_id"] == rows[0]["prompt_id"]})
+
+
+def rows_per_batch(config: Config) -> int:
+    """Responses that were decoded side by side."""
+    done = [e["done"] for e in iteration(config).events if e.get("phase") == "rollouts" and e["step"] == 1]
+    return max(after - before for before, after in itertools.pairwise([0, *done]))
+
+
+def optimizer_group(config: Config) -> tuple[float, ...]:
+    """Weight decay and the two betas of the optimizer."""
+    group = iteration(config).trainer.engine.basic_optimizer.param_groups[0]
+    return group["weight_decay"], *group["betas"]
+
+
+def engine_says(method: str) -> Any:
+    return lambda config: getattr(iteration(config).trainer.engine, method)()
+
+
+def weights(config: Config) -> str:
+    return iteration(config).weights
+
+
+def optimizer_steps(config: Config) -> list[int]:
+    return [m["optimizer_steps"] for m in iteration(config).metrics if m["kind"] == "step"]
+
+
+def rates(config: Config) -> list[float]:
+    """The learning rate of every RS step; nothing is selected, so nothing is trained."""
+    trainer = iteration(config).trainer
+    return [round(train_step(trainer, [], step).lr, 6) for step in range(1, config.loop.max_steps + 1)]
+
+
+def validated_steps(config: Config) -> list[int]:
+    return iteration(config).steps("validation")
+
+
+def saved_steps(config: Config) -> list[str]:
+    return iteration(config).checkpoints
+
+
+def threads(config: Config) -> int:
+    return iteration(config).threads
+
+
+def num_prompts(name: str) -> Any:
+    """The size of one of the run's prompt sets."""
+    return lambda config: len(getattr(load_prompt_sets(new_run(config).path), name))
+
+
+def first_words(name: str) -> Any:
+    """The words that the prompts of one of the run's sets begin with."""
+    return lambda config: {
+        prompt.messages[0]["content"].split()[0] for prompt in getattr(load_prompt_sets(new_run(config).path), name)
+    }
+
+
+def run_root(config: Config) -> Path:
+    return new_run(config).path.parent
+
+
+class Seen(Exception):
+    """Ends a part once its arguments have been seen."""
+
+
+def workers_launched(config: Config, number: int = 1, url: str = "stand-in:1") -> dict[str, Any]:
+    """The number of workers and the arguments that iteration `number` starts them with."""
+    seen: dict[str, Any] = {}
+
+    def run_workers_stand_in(module: str, arguments: Any, *, num_workers: int, **_: Any) -> None:
+        seen.update(zip([*arguments[::2], "num_workers"], [*arguments[1::2], num_workers], strict=True))
+        raise Seen
+
+    with (
+        patch.object(colocated, "run_workers", run_workers_stand_in),
+        patch.object(colocated, "end_with_parent", lambda: None),  # it would watch the parent of the tests
+        contextlib.suppress(Seen),
+    ):
+        external = config.model_copy(update={"reward": config.reward.model_copy(update={"url": url})})
+        colocated.iterate(external, new_run(config), reference(config), JudgeRef("judge", "judge", 1.0), number)
+    return seen
+
+
+def num_workers(config: Config) -> int:
+    return workers_launched(config)["num_workers"]
+
+
+def last_steps(config: Config) -> list[int]:
+    """The last RS step of the first and of the second iteration."""
+    return [int(workers_launched(config, number)["--until"]) for number in (1, 2)]
+
+
+def reference(config: Config) -> RewardModelRef:
+    return RewardModelRef(config.reward.name, "1", "", str(config.reward_repository), None)
+
+
+def server_url(config: Config) -> str:
+    """The address that a task scores at. A local server is started, finds no export, and ends."""
+    with served(config, new_run(config), reference(config)) as server:
+        return server.url
+
+
+def error_without_server(config: Config) -> str:
+    """What is said about an external server that is not there."""
+    try:
+        prepare_reward_model(config, print)
+    except AlignmentError as error:
+        return str(error)
+    raise AssertionError(f"a server answers at {config.reward.url}")
+
+
+def exported(config: Config) -> dict[str, Any]:
+    """The reward model's export: its reference, its card and what the server reads beside the weights."""
+    ref = prepare_reward_model(config, lambda _: None)
+    folder = Path(ref.repository) / ref.name / ref.version
+    card = json.loads((folder / "card.json").read_text())
+    settings = json.loads((folder / "settings.json").read_text())
+    return {
+        "name": ref.name, "version": ref.version, "repository": ref.repository, "digest": ref.digest,
+        "accuracy": ref.accuracy, "steps": len(card["losses"]), "base": card["base"],
+        "pairs": card["train_pairs"]["used"], "template": (folder / "template.jinja").read_text(), **settings,
+        "source": card["train_pairs"]["source"], "held_out": card.get("held_out_pairs", {}).get("used"),
+    }  # fmt: skip
+
+
+def export_says(name: str) -> Any:
+    return lambda config: exported(config)[name]
+
+
+def judge_says(name: str) -> Any:
+    """A field of the judge's reference; `weights` for what it has learned. A judge is trained once."""
+    return lambda config: _judge(config.model_dump_json())[name]
+
+
+@functools.cache
+def _judge(text: str) -> dict[str, Any]:
+    return train_judge(parse_config(text))
+
+
+def train_judge(config: Config) -> dict[str, Any]:
+    """The judge, trained anew."""
+    folder = Path(config.run.root) / f"judge-{next(_numbers)}"
+    ref = prepare_judge(config, folder, lambda _: None)
+    return {"accuracy": ref.accuracy, "weights": [p.read_bytes() for p in folder.glob("*.safetensors")]}
+
+
+def samples_per_prompt(config: Config) -> list[int]:
+    """Responses per prompt that the evaluation asks of the base."""
+    seen: list[int] = []
+
+    def sample_stand_in(*_: Any, samples_per_prompt: int, **__: Any) -> None:
+        seen.append(samples_per_prompt)
+        raise Seen
+
+    run, judge = new_run(config), JudgeRef("judge", str(Path(config.run.root) / "judge"), 1.0)
+    base = str(Path(config.run.root) / "cache" / "tiny-policy-1")
+    with (
+        patch("alignment.scoring.RewardClient", RewardClientStandIn),
+        patch("alignment.evaluation.sample_and_score", sample_stand_in),
+        contextlib.suppress(Seen),
+    ):
+        external = config.model_copy(update={"reward": config.reward.model_copy(update={"url": "stand-in:1"})})
+        evaluation_stage._samples(external, run, reference(config), judge, Checkpoint(base, "", 1))
+    return seen
+
+
+def wandb_run(config: Config) -> list[str]:
+    """The projects of the W&B runs that a task leaves in the run folder."""
+    from test_tracking import read_runs
+
+    run = new_run(config)
+    with tracker(config, run) as wandb_run:
+        wandb_run.log_validation(
+            {"kind": "validation", "step": 0, "reward_mean": 0.0, "judge_mean": 0.0, "seconds": 0.0}
+        )
+    return [found["project"] for found in read_runs(run.path)]
+
+
+def cluster_request(config: Config) -> tuple[str | None, str, str]:
+    """GPUs, cores and memory that the `iterate` step asks of Kubernetes: from the command line to the workflow."""
+    return _cluster_request(config.resources.gpu, config.resources.cpu, config.resources.memory)
+
+
+@functools.cache
+def _cluster_request(gpu: int, cpu: int, memory: int) -> tuple[str | None, str, str]:
+    asked = {"gpu": gpu, "cpu": cpu, "memory": memory}
+    sets = [word for key, value in asked.items() for word in ("--set", f"resources.{key}={value}")]
+    with s3_stand_in() as environment:
+        workflow = compiled("rs_flow", *sets, environment=environment)
+    step = next(t for t in workflow["spec"]["templates"] if t["name"] == "recursive-iterate")
+    resources = step["container"]["resources"]
+    return resources["limits"].get("nvidia.com/gpu"), resources["requests"]["cpu"], resources["requests"]["memory"]

@@ -1,0 +1,163 @@
+"""Checkpoints: written whole, verified by sums, pruned to the best and the newest; nothing hostile is followed."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from alignment.errors import CheckpointError, DiskError
+from models import checkpoints as cp
+
+
+def write(root: Path, step: int, reward: float | None = None) -> Path:
+    """A sealed checkpoint of one tiny tensor; `reward` is its validation's."""
+    staging = cp.staging_folder(root, step)
+    staging.mkdir(parents=True)
+    save_file({"w": torch.full((3,), float(step))}, staging / "model.safetensors")
+    cp.write_optimizer_state(staging, 0, {"0.exp_avg": torch.arange(6.0).view(2, 3).t()})
+    validation = None if reward is None else {"reward_mean": reward}
+    cp.seal(root, step, ranks=1, config={"seed": 0}, details={"validation": validation})
+    return cp.checkpoint_folder(root, step)
+
+
+def reseal(folder: Path, manifest: dict) -> None:
+    """A manifest as a forger would leave it: changed, with a DONE that matches."""
+    text = json.dumps(manifest)
+    (folder / "manifest.json").write_text(text)
+    (folder / "DONE").write_text(hashlib.sha256(text.encode()).hexdigest())
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    folder = write(tmp_path, 4, reward=0.5)
+    reference = cp.verify(folder)
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert (reference.uri, reference.step, reference.sha256) == (str(folder), 4, digest)
+    assert cp.last_checkpoint(tmp_path) == cp.best_checkpoint(tmp_path) == cp.newest_checkpoint(tmp_path) == reference
+    assert load_file(folder / "model.safetensors")["w"].tolist() == [4.0, 4.0, 4.0]
+    assert cp.read_optimizer_state(folder, 0)["0.exp_avg"].tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
+    manifest = cp.read_manifest(folder)
+    assert set(manifest["files"]) == {"model.safetensors", "optimizer/rank-00000.safetensors", "run_config.json"}
+    assert manifest["validation"] == {"reward_mean": 0.5} and manifest["ranks"] == 1
+    assert json.loads((folder / "run_config.json").read_text()) == {"seed": 0}
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000004"]  # no staging folder is left
+
+
+def test_the_digest_of_shards_is_that_of_their_sums_in_order_of_name(tmp_path):
+    staging = cp.staging_folder(tmp_path, 1)
+    staging.mkdir()
+    sums = []
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        save_file({name: torch.ones(1)}, staging / name)
+        sums.append(hashlib.sha256((staging / name).read_bytes()).hexdigest())
+    sealed = cp.seal(tmp_path, 1, ranks=1, config={}, details={})
+    assert sealed.sha256 == hashlib.sha256("\n".join(sums).encode()).hexdigest()
+
+
+def test_without_a_checkpoint_there_is_none(tmp_path):
+    assert cp.last_checkpoint(tmp_path) is cp.best_checkpoint(tmp_path) is cp.newest_checkpoint(tmp_path) is None
+    assert cp.prune(tmp_path / "missing", keep_last=1) == []
+
+
+def test_a_folder_without_done_never_was_a_checkpoint(tmp_path):
+    write(tmp_path, 1)
+    (write(tmp_path, 2) / "DONE").unlink()
+    assert cp.last_checkpoint(tmp_path).step == 1
+    with pytest.raises(CheckpointError, match="step-000002 is not a finished checkpoint"):
+        cp.verify(tmp_path / "step-000002")
+    assert cp.verify(write_again(tmp_path, 2)).step == 2  # a replay of the step takes its place
+
+
+def write_again(root: Path, step: int) -> Path:
+    """A second attempt at a step, after a kill."""
+    return write(root, step)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer/rank-00000.safetensors", "run_config.json"])
+@pytest.mark.parametrize("how", ["flip", "cut", "remove"])
+def test_damage_names_the_file_and_the_remedy(tmp_path, name, how):
+    folder = write(tmp_path, 1)
+    path = folder / name
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.unlink()
+    if how != "remove":
+        path.write_bytes(data if how == "flip" else data[:-1])
+    with pytest.raises(CheckpointError) as caught:
+        cp.last_checkpoint(tmp_path)
+    assert str(caught.value) == (
+        f"{path} is missing or damaged (its sha256 is not the manifest's): "
+        f"remove {folder} to continue from the checkpoint before it"
+    )
+
+
+def test_an_edited_manifest_is_refused(tmp_path):
+    folder = write(tmp_path, 1)
+    manifest = cp.read_manifest(folder)
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "step": 9}, indent=2))
+    with pytest.raises(CheckpointError, match=r"manifest\.json does not match DONE: it was changed"):
+        cp.newest_checkpoint(tmp_path)
+    (folder / "manifest.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match="not a finished checkpoint"):
+        cp.verify(folder)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "link/outside"])
+def test_a_manifest_cannot_name_files_outside_of_its_folder(tmp_path, name):
+    folder = write(tmp_path, 1)
+    (tmp_path / "outside").write_text("")
+    (folder / "link").symlink_to(tmp_path)
+    manifest = cp.read_manifest(folder)
+    empty = {"sha256": hashlib.sha256(b"").hexdigest(), "bytes": 0}
+    reseal(folder, {**manifest, "files": {name: empty, **manifest["files"]}})
+    with pytest.raises(CheckpointError, match="lies outside the checkpoint"):
+        cp.verify(folder)
+
+
+@pytest.mark.parametrize("manifest", [{}, [], {"files": {"a": 1}}, {"files": ["a"]}, {"files": {}, "step": "x"}])
+def test_a_forged_manifest_of_another_shape_is_an_error_of_the_checkpoint(tmp_path, manifest):
+    folder = write(tmp_path, 1)
+    reseal(folder, manifest)
+    with pytest.raises(CheckpointError, match="step-000001"):
+        cp.verify(folder)
+    with pytest.raises(CheckpointError, match="step-000001"):
+        cp.newest_checkpoint(tmp_path)
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path):
+    rewards = {1: 0.1, 2: 0.9, 3: None, 4: 0.9, 5: 0.3}
+    for step, reward in rewards.items():
+        write(tmp_path, step, reward)
+    assert cp.best_checkpoint(tmp_path).step == 2  # the earlier of equals
+    removed = cp.prune(tmp_path, keep_last=2)
+    assert [p.name for p in removed] == ["step-000001", "step-000003"]
+    assert [p.name for p in cp.finished(tmp_path)] == ["step-000002", "step-000004", "step-000005"]
+    assert cp.prune(tmp_path, keep_last=2) == []
+    assert [p.name for p in cp.prune(tmp_path, keep_last=1)] == ["step-000004"]
+
+
+def test_where_nothing_was_validated_the_best_is_the_newest(tmp_path):
+    for step in (1, 2):
+        write(tmp_path, step)
+    assert cp.best_checkpoint(tmp_path).step == 2
+
+
+def test_optimizer_state_that_is_none(tmp_path):
+    folder = write(tmp_path, 1)
+    with pytest.raises(CheckpointError, match=r"cannot read .*rank-00001\.safetensors"):
+        cp.read_optimizer_state(folder, 1)
+    (folder / "optimizer" / "rank-00000.safetensors").write_bytes(b"\x80\x04pickle")
+    with pytest.raises(CheckpointError, match=r"cannot read .*rank-00000\.safetensors"):
+        cp.read_optimizer_state(folder, 0)
+
+
+def test_a_place_that_cannot_be_written_is_an_error_of_the_disk(tmp_path):
+    staging = cp.staging_folder(tmp_path, 1)
+    staging.mkdir()
+    (staging / "optimizer").write_text("in the way")
+    with pytest.raises(DiskError, match=r"optimizer/rank-00000\.safetensors"):
+        cp.write_optimizer_state(staging, 0, {"a": torch.ones(1)})
+    with pytest.raises(DiskError, match=r"step-000002.*Free space and resume"):
+        cp.seal(tmp_path, 2, ranks=1, config={}, details={})

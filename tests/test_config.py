@@ -1,0 +1,324 @@
+"""The config: presets, messages, overrides, and that every field changes what the program does."""
+
+import ast
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import config_effects as see
+from alignment.config import Config, apply_overrides, load_config, parse_config, validate_config
+from alignment.errors import ConfigError
+from flow_runs import ROOT, SMOKE, Place
+
+PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def message(*overrides: str) -> str:
+    """What is said about the smoke preset with these overrides."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(SMOKE, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_every_preset_loads_and_survives_being_written_down(path: Path) -> None:
+    config = load_config(path)
+    assert parse_config(config.model_dump_json()) == config
+
+
+def test_the_flows_take_the_sentiment_preset_by_default() -> None:
+    from sources import DEFAULT_PRESET
+
+    assert Path(DEFAULT_PRESET) == ROOT / "configs" / "imdb_sentiment.yaml"
+
+
+def test_the_hh_preset_has_the_tutorials_numbers() -> None:
+    config = load_config(ROOT / "configs" / "hh_rlhf.yaml")
+    assert (config.rollouts.num_rollout_samples, config.rollouts.num_rollouts_per_prompt) == (32, 8)
+    assert (config.selection.strategy, config.selection.top_n_rollouts) == ("top_per_prompt", 1)
+    assert (config.training.global_batch_size, config.loop.max_steps, config.loop.val_check_interval) == (32, 313, 4)
+    assert (config.training.lr, config.training.lr_schedule, config.training.weight_decay) == (1e-6, "constant", 0.01)
+    assert (config.training.warmup_steps, config.resources.gpu, config.num_workers) == (0, 8, 8)
+
+
+def test_an_unknown_key_is_refused_and_the_known_ones_are_listed() -> None:
+    assert message("training.learning_rate=1e-4").startswith(
+        "training.learning_rate ('1e-4'): unknown key; known here: lr, lr_schedule, warmup_steps, min_lr, weight_decay"
+    )
+    assert "known here: seed, run, policy, prompts, rollouts, selection" in message("trainning.lr=1")
+
+
+def test_a_config_that_is_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the config /no/preset\.yaml: No such file.*presets are in"):
+        load_config("/no/preset.yaml")
+    preset = tmp_path / "my.yaml"
+    preset.write_text("- a")
+    with pytest.raises(ConfigError, match=r"my\.yaml: expected a mapping of sections, got list"):
+        load_config(preset)
+    preset.write_text("training: [")
+    with pytest.raises(ConfigError, match=r"my\.yaml: not valid YAML: .*line 1"):
+        load_config(preset)
+    assert message("training.lr=[").startswith("--set training.lr=[: not valid YAML")
+
+
+def test_each_bad_value_is_one_line_with_key_value_and_remedy() -> None:
+    text = message("training.lr=-1", "rollouts.top_p=1.5", "selection.strategy=best", "loop.max_steps=many")
+    assert text.splitlines() == [
+        "rollouts.top_p (1.5): input should be less than or equal to 1",
+        "selection.strategy ('best'): input should be 'top_per_prompt', 'top_k_overall', 'random_per_prompt' "
+        "or 'random_k_overall'",
+        "training.lr (-1): input should be greater than 0",
+        "loop.max_steps ('many'): input should be a valid integer, unable to parse string as an integer",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["selection.top_n_rollouts=5", "rollouts.num_rollouts_per_prompt=4"],
+            "selection.top_n_rollouts (5) must be <= rollouts.num_rollouts_per_prompt (4): "
+            "lower the first or raise the second",
+        ),
+        (
+            ["selection.strategy=top_k_overall"],
+            "selection.strategy (top_k_overall) needs selection.top_k: set it to a number >= 1",
+        ),
+        (
+            ["selection.top_k=3"],
+            "selection.top_k (3) is read by the *_overall strategies only: "
+            "unset it, or use selection.top_n_rollouts with top_per_prompt",
+        ),
+        (
+            ["rollouts.batch_rows=3"],
+            "rollouts.batch_rows (3) must be >= rollouts.num_rollouts_per_prompt (4): "
+            "the responses of a prompt are decoded side by side",
+        ),
+        (["training.min_lr=0.1"], "training.min_lr (0.1) must be <= training.lr (0.001)"),
+        (["reward.url=localhost"], "reward.url (localhost) must be host:port of Triton's gRPC endpoint"),
+    ],
+)
+def test_two_keys_that_do_not_go_together(overrides: list[str], expected: str) -> None:
+    assert message(*overrides) == expected
+
+
+def test_the_edges_of_those_checks_are_accepted() -> None:
+    load_config(SMOKE, ["selection.top_n_rollouts=4", "rollouts.batch_rows=4", "training.min_lr=1e-3"])
+    load_config(SMOKE, ["selection.strategy=random_k_overall", "selection.top_k=1", "selection.top_n_rollouts=9"])
+
+
+def test_overrides_are_read_as_yaml_and_leave_the_preset_alone() -> None:
+    preset = {"training": {"lr": 1.0}, "seed": 3}
+    words = ["training.lr=1e-6", "training.beta1=.5", "seed=4", "reward.train_pairs=null", "run.root=/data/a=b"]
+    values = apply_overrides(preset, [*words, "run.root="])
+    assert preset == {"training": {"lr": 1.0}, "seed": 3}
+    assert values["seed"] == 4
+    assert values["reward"]["train_pairs"] is None
+    assert values["run"]["root"] is None  # of two, the last holds
+    config = validate_config(apply_overrides({}, words))
+    assert (config.training.lr, config.training.beta1) == (1e-6, 0.5)
+    assert config.run.root == "/data/a=b"
+    quoted = apply_overrides({}, ["""reward.template='{{ messages[0].content }} = {% if x %}: "#"{% endif %}'"""])
+    assert quoted["reward"]["template"] == '{{ messages[0].content }} = {% if x %}: "#"{% endif %}'
+    for wrong in ("training.lr", "=1"):
+        with pytest.raises(ConfigError, match=r"expected section\.field=value, e\.g\. --set training\.lr=1e-5"):
+            apply_overrides({}, [wrong])
+    with pytest.raises(ConfigError, match=r"--set seed\.x=1: seed is not a section"):
+        apply_overrides(preset, ["seed.x=1"])
+
+
+def test_every_field_is_explained() -> None:
+    tree = ast.parse((ROOT / "alignment" / "config.py").read_text())
+    sections = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name.endswith("Section")]
+    explained = 0
+    for section in [*sections, next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config")]:
+        for field, after in zip(section.body, [*section.body[1:], None], strict=True):
+            if not isinstance(field, ast.AnnAssign) or ast.unparse(field.annotation).endswith("Section"):
+                continue
+            text = getattr(getattr(after, "value", None), "value", None)
+            assert isinstance(text, str) and len(text.split()) >= 2, f"{section.name}.{ast.unparse(field.target)}"
+            explained += 1
+    assert explained == len(fields())
+
+
+def fields() -> set[str]:
+    """Every field of the config as section.field."""
+    nested = {name: info.annotation.model_fields for name, info in Config.model_fields.items() if name != "seed"}  # type: ignore[union-attr]
+    return {"seed"} | {f"{section}.{field}" for section, names in nested.items() for field in names}
+
+
+UNSTATED = object()
+
+
+class Effect(NamedTuple):
+    """`value` in the smoke preset (with `also` on both sides), changes what `look` sees; to `becomes`, if stated."""
+
+    value: Any
+    look: Any
+    becomes: Any = UNSTATED
+    also: tuple[str, ...] = ()
+
+
+MEMORY = ("resources.memory=8000",)  # Metaflow raises what is below its own default for Kubernetes
+# {root} and {port} stand for the folder of the runs and a free port.
+EFFECTS = {
+    "seed": Effect(1, see.column("prompt_id")),
+    "run.root": Effect("{root}/other", see.run_root, Path("{root}/other")),
+    "policy.model": Effect("{root}/policy", see.column("response")),
+    "policy.prompt_format": Effect("chat", see.column("prompt")),
+    "prompts.train": Effect("{root}/prompts.jsonl", see.first_words("train"), {"question"}),
+    "prompts.held_out": Effect("{root}/prompts.jsonl", see.first_words("evaluation"), {"question"}),
+    "prompts.max_prompt_tokens": Effect(16, see.num_prompts("train")),
+    "rollouts.num_rollout_samples": Effect(2, see.prompts_read, 2),
+    "rollouts.num_rollouts_per_prompt": Effect(3, see.responses_per_prompt, 3),
+    "rollouts.max_new_tokens": Effect(5, see.longest_response, 5),
+    "rollouts.temperature": Effect(1e-6, see.distinct_responses, 1),
+    "rollouts.top_k": Effect(1, see.distinct_responses, 1),
+    "rollouts.top_p": Effect(1e-6, see.distinct_responses, 1),
+    "rollouts.batch_rows": Effect(4, see.rows_per_batch, 4),
+    "selection.strategy": Effect("random_per_prompt", see.column("reason")),
+    "selection.top_n_rollouts": Effect(2, see.num_selected, 8),
+    "selection.top_k": Effect(5, see.num_selected, 5, ("selection.strategy=top_k_overall", "selection.top_k=3")),
+    "selection.min_reward": Effect(1e6, see.num_selected, 0),
+    "selection.truncated": Effect("refuse", see.cut_and_selected, 0),
+    "reward.model": Effect("{root}/reward", see.export_says("digest")),
+    "reward.template": Effect("{{ messages }}", see.export_says("template"), "{{ messages }}"),
+    "reward.train_pairs": Effect("toy:judge_pairs", see.export_says("digest")),
+    "reward.held_out_pairs": Effect("{root}/swapped.jsonl", see.export_says("accuracy"), 0.0),
+    "reward.num_train_pairs": Effect(32, see.export_says("pairs"), 32),
+    "reward.num_held_out_pairs": Effect(16, see.export_says("held_out"), 16),
+    "reward.max_tokens": Effect(48, see.export_says("max_tokens"), 48),
+    "reward.lr": Effect(1e-5, see.export_says("digest")),
+    "reward.batch_size": Effect(64, see.export_says("steps"), 1),
+    "reward.epochs": Effect(2, see.export_says("steps"), 4),
+    "reward.name": Effect("other", see.export_says("name"), "other"),
+    "reward.repository": Effect("{root}/elsewhere", see.export_says("repository"), "{root}/elsewhere"),
+    "reward.url": Effect("127.0.0.1:9", see.server_url, "127.0.0.1:9"),
+    "reward.version": Effect("2", see.export_says("version"), "2"),
+    "reward.grpc_port": Effect("{port}", see.server_url, "127.0.0.1:{port}"),
+    "reward.timeout_s": Effect(0.4, see.error_without_server, also=("reward.url=127.0.0.1:9", "reward.timeout_s=0.2")),
+    "reward.token_budget": Effect(512, see.export_says("token_budget"), 512),
+    "judge.train_pairs": Effect("toy:pairs", see.judge_says("weights")),
+    "judge.held_out_pairs": Effect("{root}/swapped.jsonl", see.judge_says("accuracy"), 0.0),
+    "judge.num_train_pairs": Effect(32, see.judge_says("weights")),
+    "training.lr": Effect(0.01, see.rates, [0.01] * 4),
+    "training.lr_schedule": Effect("linear", see.rates, [0.001, 0.000667, 0.000333, 0.0]),
+    "training.warmup_steps": Effect(2, see.rates, [0.0005, 0.001, 0.001, 0.001]),
+    "training.min_lr": Effect(4e-4, see.rates, [0.001, 0.0008, 0.0006, 0.0004], ("training.lr_schedule=linear",)),
+    "training.weight_decay": Effect(0.1, see.optimizer_group, (0.1, 0.9, 0.98)),
+    "training.beta1": Effect(0.5, see.optimizer_group, (0.01, 0.5, 0.98)),
+    "training.beta2": Effect(0.9, see.optimizer_group, (0.01, 0.9, 0.9)),
+    "training.gradient_clip": Effect(1e-3, see.weights),
+    "training.global_batch_size": Effect(2, see.optimizer_steps, [2, 2]),
+    "training.micro_batch_size": Effect(1, see.engine_says("train_micro_batch_size_per_gpu"), 1),
+    "training.zero_stage": Effect(1, see.engine_says("zero_optimization_stage"), 1),
+    "loop.max_steps": Effect(3, see.last_steps, [2, 3]),
+    "loop.steps_per_iteration": Effect(3, see.last_steps, [3, 4]),
+    "loop.val_check_interval": Effect(1, see.validated_steps, [0, 1, 2]),
+    "loop.save_interval": Effect(2, see.saved_steps, ["step-000002"], ("loop.keep_last=2",)),
+    "loop.keep_last": Effect(2, see.saved_steps, ["step-000001", "step-000002"]),
+    "validation.num_prompts": Effect(4, see.num_prompts("validation"), 4),
+    "evaluation.num_prompts": Effect(10, see.num_prompts("evaluation"), 10),
+    "evaluation.best_of_n": Effect(2, see.samples_per_prompt, [3]),
+    "resources.gpu": Effect(8, see.cluster_request, ("8", "1.0", "8000.0M"), MEMORY),
+    "resources.cpu": Effect(3, see.cluster_request, ("0", "3.0", "8000.0M"), MEMORY),
+    "resources.memory": Effect(12345, see.cluster_request, ("0", "1.0", "12345.0M"), MEMORY),
+    "resources.cpu_workers": Effect(2, see.num_workers, 2),
+    "resources.threads": Effect(2, see.threads, 2),
+    "wandb.mode": Effect("offline", see.wandb_run, ["rejection-sampling"]),
+    "wandb.project": Effect("other", see.wandb_run, ["other"], ("wandb.mode=offline",)),
+}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A root for the runs with a judge, two exported reward models, a port and other models and data to name."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from alignment.embedded import policy_folder
+    from alignment.reward_stage import prepare_judge
+    from alignment.toy import toy_pairs
+    from infra.triton_setup import free_ports
+    from reward_fixtures import tiny_reward_model
+
+    root = tmp_path_factory.mktemp("effects")
+    threads = torch.get_num_threads()
+    config = effect_config(root)
+    prepare_judge(config, root / "judge", lambda _: None)
+    see.exported(config)
+    see.exported(effect_config(root, "reward.lr=1e-4"))
+    (root / "prompts.jsonl").write_text("".join(json.dumps({"text": f"question {i}"}) + "\n" for i in range(30)))
+    swapped = [{"prompt": "", "chosen": p.rejected, "rejected": p.chosen} for p in toy_pairs("toy:held_out_pairs")[:32]]
+    (root / "swapped.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in swapped))
+    tiny = policy_folder("tiny", root / "cache")
+    other = AutoModelForCausalLM.from_pretrained(tiny)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(-1)
+    for part in (other, AutoTokenizer.from_pretrained(tiny)):
+        part.save_pretrained(root / "policy")
+    for part in tiny_reward_model():
+        part.save_pretrained(root / "reward")
+    yield root, str(free_ports(1)[0])
+    torch.set_num_threads(threads)
+
+
+def effect_config(root: Path, *overrides: str) -> Config:
+    own = [f"run.root={root}", "wandb.mode=disabled", "reward.num_train_pairs=64", "judge.num_train_pairs=64"]
+    return load_config(SMOKE, [*own, *overrides])
+
+
+def test_every_field_has_an_entry_in_the_table_of_effects() -> None:
+    assert set(EFFECTS) == fields()
+
+
+def test_without_a_change_the_same_is_seen_again(bench: Any) -> None:
+    first, second = (see.run_iteration(effect_config(bench[0])) for _ in range(2))
+    assert (first.rows, first.weights, first.checkpoints) == (second.rows, second.weights, second.checkpoints)
+    judges = [see.train_judge(effect_config(bench[0])) for _ in range(2)]
+    assert judges[0]["weights"] == judges[1]["weights"]
+
+
+@pytest.mark.parametrize("field", EFFECTS)
+def test_each_field_changes_what_the_program_does(field: str, bench: Any) -> None:
+    value, look, becomes, also = EFFECTS[field]
+
+    def placed(item: Any) -> Any:
+        if not isinstance(item, str | Path):
+            return item
+        return type(item)(str(item).replace("{root}", str(bench[0])).replace("{port}", bench[1]))
+
+    before = look(effect_config(bench[0], *also))
+    after = look(effect_config(bench[0], *also, f"{field}={json.dumps(placed(value))}"))
+    assert after != before
+    if becomes is not UNSTATED:
+        assert after == placed(becomes)
+
+
+def test_a_bad_value_ends_the_command_line_before_anything_starts(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    flow = str(ROOT / "flows" / "rs_flow.py")
+    done = place.execute([sys.executable, flow, "--set", "training.lr=-1", "run"])
+    assert done.status == 1
+    assert done.output == "ConfigError: training.lr (-1): input should be greater than 0\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_set_and_a_preset_are_folded_into_one_config_value() -> None:
+    from sources import fold_overrides
+
+    words = ["--set", "resources.gpu=8", "--config", "config", str(SMOKE), "--set=run.root=/a=b", "run", "--tag", "x"]
+    option, name, value, *rest = fold_overrides(words)
+    assert (option, name, rest) == ("--config-value", "config", ["run", "--tag", "x"])
+    assert parse_config(value) == load_config(SMOKE, ["resources.gpu=8", "run.root=/a=b"])
+    assert fold_overrides(["--config", "config", "file.yaml", "show"]) == ["--config", "config", "file.yaml", "show"]
+    for wrong, said in {
+        ("--set",): "--set needs a value",
+        ("--set", "seed=1", "resume"): "a resume keeps its config",
+        ("--set", "seed=1", "--config-value", "config", "{}", "run"): "cannot be combined with --config-value",
+    }.items():
+        with pytest.raises(SystemExit, match=said):
+            fold_overrides(wrong)

@@ -1,0 +1,46 @@
+"""Losses against values computed by hand."""
+
+import math
+
+import pytest
+import torch
+
+from models.losses import bradley_terry_loss, response_loss_sum, token_kl
+
+
+def test_response_loss_sums_over_response_tokens_only():
+    # Two classes with logits (0, log 3): probabilities 1/4 and 3/4.
+    logits = torch.tensor([[[0.0, math.log(3)], [0.0, math.log(3)], [0.0, math.inf]]])
+    targets = torch.tensor([[0, 1, 0]])
+    mask = torch.tensor([[True, True, False]])  # the padded position's loss is not even finite
+    assert response_loss_sum(logits, targets, mask).item() == pytest.approx(math.log(4) + math.log(4 / 3))
+
+
+def test_response_loss_of_padding_has_no_gradient():
+    logits = torch.zeros(1, 2, 3, requires_grad=True)
+    response_loss_sum(logits, torch.tensor([[0, 1]]), torch.tensor([[True, False]])).backward()
+    assert logits.grad[0, 0].tolist() == pytest.approx([-2 / 3, 1 / 3, 1 / 3])
+    assert logits.grad[0, 1].tolist() == [0, 0, 0]
+
+
+def test_token_kl_by_hand():
+    # p = (1/2, 1/2), q = (1/4, 3/4): KL = ½ log 2 + ½ log ⅔
+    p = torch.zeros(1, 1, 2)
+    q = torch.tensor([[[0.0, math.log(3)]]])
+    assert token_kl(p, q).item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), abs=1e-7)
+    assert token_kl(q, q).item() == pytest.approx(0, abs=1e-7)
+
+
+def test_token_kl_is_that_of_torch_distributions():
+    generator = torch.Generator().manual_seed(0)
+    p, q = torch.randn(2, 3, 5, generator=generator), torch.randn(2, 3, 5, generator=generator)
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
+    )
+    torch.testing.assert_close(token_kl(p, q), expected)
+
+
+def test_bradley_terry_by_hand():
+    # −log σ(0) = log 2, and −log σ(log 3) = −log(3/4)
+    loss = bradley_terry_loss(torch.tensor([1.0, math.log(3)]), torch.tensor([1.0, 0.0]))
+    assert loss.item() == pytest.approx((math.log(2) + math.log(4 / 3)) / 2)

@@ -1,0 +1,194 @@
+"""Preference pairs: transcripts, messages, alternating lines, built-in pairs; what is left out is counted."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.errors import DataError
+from alignment.preferences import conversation, parse_transcript, read_pairs
+from alignment.reviews import FRAME, WINDOW_WORDS, _imdb_parts
+from alignment.toy import CHEERFUL, GLOOMY
+from alignment.types import PreferencePair
+
+HH = Path(__file__).resolve().parents[2] / "shared/data/hh-harmless-sample.jsonl.gz"
+A = {"role": "user", "content": "a"}
+
+
+def say(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def read(tmp_path: Path, *records: Any, limit: int | None = None) -> tuple[list[PreferencePair], dict[Any, int]]:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return read_pairs(str(path), tmp_path, limit=limit)
+
+
+def test_a_transcript_becomes_messages() -> None:
+    assert parse_transcript(
+        "\n\nHuman: Hi \n\nthere\n\nAssistant: Hello: Human\n\nHuman:bye\n\nAssistant: So long\n"
+    ) == (
+        {"role": "user", "content": "Hi \n\nthere"},
+        {"role": "assistant", "content": "Hello: Human"},
+        {"role": "user", "content": "bye"},
+        {"role": "assistant", "content": "So long"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "begins with"),
+        ("Hi", "begins with a blank line and Human:, found 'Hi'"),
+        ("x\n\nHuman: a\n\nAssistant: b", "begins with"),
+        ("\n\nAssistant: b", "alternates"),
+        ("\n\nHuman: a", "found Human$"),
+        ("\n\nHuman: a\n\nHuman: b\n\nAssistant: c", "found Human, Human, Assistant"),
+        ("\n\nHuman: a\n\nAssistant: b\n\nAssistant: c", "alternates"),
+        ("\n\nHuman: a\n\nAssistant: ", "turn 2 of 2 of the transcript is empty"),
+    ],
+)
+def test_a_malformed_transcript_is_refused(text: str, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        parse_transcript(text)
+
+
+def test_transcripts_that_do_not_fit_are_counted_by_reason(tmp_path: Path) -> None:
+    start = "\n\nHuman: a\n\nAssistant:"
+    pairs, left_out = read(
+        tmp_path,
+        {"chosen": f"{start} good", "rejected": f"{start} bad"},
+        {"chosen": f"{start} good", "rejected": "\n\nHuman: b\n\nAssistant: bad"},
+        {"chosen": f"{start} same", "rejected": f"{start} same "},
+        {"chosen": f"{start}", "rejected": f"{start} bad"},
+        {"chosen": "no dialogue", "rejected": f"{start} bad"},
+        {"chosen": f"{start} b\n\nHuman: c\n\nAssistant: d", "rejected": f"{start} b"},
+    )
+    assert pairs == [PreferencePair((A,), "good", "bad")]
+    assert left_out == {"different_prompts": 2, "identical": 1, "malformed": 2}
+
+
+def test_messages_and_explicit_prompts(tmp_path: Path) -> None:
+    expected = PreferencePair((A,), "good", "bad")
+    pairs, left_out = read(
+        tmp_path,
+        {"chosen": [A, say("good")], "rejected": [A, say("bad")]},
+        {"prompt": "a", "chosen": [A, say("good")], "rejected": [A, say("bad")]},
+        {"prompt": [A], "chosen": [say("good")], "rejected": [say("bad")]},
+        {"prompt": "a", "chosen": "good", "rejected": "bad"},
+        {"prompt": [A], "chosen": "good", "rejected": "bad"},
+        {"prompt": "", "chosen": "good", "rejected": "bad"},
+        {"prompt": "a", "chosen": " ", "rejected": "bad"},
+        {"chosen": [A], "rejected": [A, say("bad")]},
+    )
+    assert pairs == [*[expected] * 5, PreferencePair((), "good", "bad")]
+    assert left_out == {"malformed": 2}
+
+
+def test_alternating_text_lines_are_chosen_then_rejected(tmp_path: Path) -> None:
+    lines = [{"text": t} for t in ("good 1", "bad 1", "\n\nHuman: a\n\nAssistant: g", "\n\nHuman: a\n\nAssistant: b")]
+    pairs, left_out = read(tmp_path, *lines)
+    assert pairs == [PreferencePair((), "good 1", "bad 1"), PreferencePair((A,), "g", "b")] and left_out == {}
+    with pytest.raises(DataError, match=r"pairs\.jsonl:3: an odd number"):
+        read(tmp_path, *lines[:3])
+    assert read(tmp_path, *lines[:3], limit=1)[0] == pairs[:1]
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"chosen": "a"}, 'expected "chosen" and "rejected", or "text" lines in turn, found chosen'),
+        ({"text": "a"}, "an odd number"),
+        ({"text": 3}, '"text" must be a string, found int'),
+        ({"chosen": None, "rejected": "a"}, "found NoneType and str"),
+        ({"chosen": [A], "rejected": "a"}, "found list and str"),
+        (
+            {"chosen": [{"role": "human", "content": "x"}], "rejected": [A]},
+            "the role of message 0 .* found str 'human'",
+        ),
+        ({"prompt": 4, "chosen": "a", "rejected": "b"}, "expected a list of messages, found int"),
+    ],
+)
+def test_a_line_of_another_form_is_an_error(tmp_path: Path, record: Any, said: str) -> None:
+    with pytest.raises(DataError, match=rf"pairs\.jsonl:2: .*{said}"):
+        read(tmp_path, {"prompt": "a", "chosen": "b", "rejected": "c"}, record)
+
+
+def test_a_file_without_a_usable_pair_says_why(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no usable preference pair \(the file is empty\)"):
+        read(tmp_path)
+    with pytest.raises(DataError, match=r"no usable preference pair \(1 malformed\)"):
+        read(tmp_path, {"chosen": "a", "rejected": "b"})
+
+
+def test_the_limit_counts_usable_pairs(tmp_path: Path) -> None:
+    records = [{"prompt": "a", "chosen": c, "rejected": "b"} for c in ("b", "1", "2", "b", "3")]
+    pairs, left_out = read(tmp_path, *records, limit=2)
+    assert [p.chosen for p in pairs] == ["1", "2"] and left_out == {"identical": 1}
+
+
+def test_a_pairs_side_as_a_conversation() -> None:
+    assert conversation((A,), "b") == [A, say("b")]  # type: ignore[arg-type]
+    assert conversation((), "b") == [say("b")]
+
+
+@pytest.mark.skipif(not HH.exists(), reason="needs the HH-RLHF sample beside the repository")
+def test_real_transcripts(tmp_path: Path) -> None:
+    pairs, left_out = read_pairs(str(HH), tmp_path)
+    assert len(pairs) + sum(left_out.values()) == 1000
+    assert set(left_out) == {"malformed"} and left_out["malformed"] < 10
+    with gzip.open(HH, "rt", encoding="utf-8") as lines:
+        first = json.loads(next(lines))
+    rebuilt = "".join(
+        f"\n\n{'Human' if m['role'] == 'user' else 'Assistant'}: {m['content']}"
+        for m in conversation(pairs[0].prompt, pairs[0].chosen)
+    )
+    assert rebuilt == first["chosen"]
+
+
+@pytest.mark.parametrize(("name", "count"), [("imdb:pairs", 5000), ("imdb:held_out_pairs", 900)])
+def test_built_in_review_pairs_are_windows_of_reviews(name: str, count: int) -> None:
+    pairs, left_out = read_pairs(name, Path("unused"))
+    assert len(pairs) > count and left_out == {}
+    assert read_pairs(name, Path("unused"), limit=5)[0] == pairs[:5]
+    for pair in pairs:
+        for text in (pair.chosen, pair.rejected):
+            assert text.startswith(FRAME) and 10 <= len(text[len(FRAME) :].split()) <= WINDOW_WORDS
+            assert "<br" not in text
+
+
+def test_the_two_imdb_parts_and_the_judges_source_share_no_text() -> None:
+    seen: set[str] = set()
+    for name in ("imdb:pairs", "imdb:held_out_pairs", "rotten_tomatoes:pairs"):
+        pairs, _ = read_pairs(name, Path("unused"))
+        texts = {side for p in pairs for side in (p.chosen, p.rejected)}
+        assert not texts & seen
+        seen |= texts
+    with pytest.raises(DataError, match="known: imdb:pairs, imdb:held_out_pairs, rotten_tomatoes:pairs"):
+        read_pairs("imdb:prompts", Path("unused"))
+
+
+def test_no_review_serves_two_purposes() -> None:
+    parts = _imdb_parts()
+    rows = [review.row for part in parts.values() for review in part]
+    assert len(rows) == len(set(rows)) == 24_888
+    assert {name: len(part) for name, part in parts.items()} == {
+        "imdb:pairs": 12_000,
+        "imdb:held_out_pairs": 2_000,
+        "imdb:prompts": 8_000,
+        "imdb:held_out_prompts": 2_888,
+    }
+
+
+def test_toy_pairs_differ_in_their_letters_alone() -> None:
+    assert not set("".join(CHEERFUL)) & set("".join(GLOOMY))
+    for name in ("toy:pairs", "toy:held_out_pairs", "toy:judge_pairs"):
+        pairs, _ = read_pairs(name, Path("unused"), limit=256)
+        assert len(pairs) == 256 and read_pairs(name, Path("unused"), limit=256)[0] == pairs
+        assert all(len(p.chosen.split()) == len(p.rejected.split()) for p in pairs)
+        assert all(p.chosen.endswith("!") and p.rejected.endswith(".") for p in pairs)
+    with pytest.raises(DataError, match="known: toy:pairs"):
+        read_pairs("toy:prompts", Path("unused"))

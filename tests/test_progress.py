@@ -1,0 +1,154 @@
+"""The progress line: states rendered by hand, a real pseudo-terminal, and a stream that is none."""
+
+import contextlib
+import io
+import os
+import pty
+import select
+from typing import Any
+
+import pytest
+
+from alignment.progress import ProgressLine, ProgressState, advance, duration, render_line
+
+
+def step_event(step: int, **changes: Any) -> dict[str, Any]:
+    event = {"kind": "step", "step": step, "reward_mean": 0.4123, "selected_reward_mean": 1.87, "loss": 2.0}
+    return event | {"seconds": {"rollouts": 3.0, "scoring": 1.0, "update": 2.0}, "tokens_per_second": 849.6} | changes
+
+
+def phase_event(step: int, done: int) -> dict[str, Any]:
+    return {"kind": "phase", "step": step, "phase": "rollouts", "done": done, "total": 512, "tokens": done * 20}
+
+
+class HandClock:
+    """A clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_lines_by_hand() -> None:
+    assert render_line(ProgressState(10)) == "step 0/10"
+    assert (
+        render_line(ProgressState(10, step=1, phase="rollouts", done=128, total=512)) == "step 1/10 | rollouts 128/512"
+    )
+    state = ProgressState(
+        total_steps=10,
+        finished_steps=3,
+        step=4,
+        phase="update",
+        reward=0.4123,
+        selected_reward=1.87,
+        validation_reward=-0.5,
+        tokens_per_second=849.6,
+        step_seconds=(50.0, 6.0, 7.0),
+    )
+    # 7 steps to go at the median of 7 s
+    assert render_line(state) == (
+        "step 4/10 | update | reward 0.412, selected 1.870 | validation -0.500 | 850 tokens/s | 49 s left"
+    )
+
+
+def test_nothing_is_left_after_the_last_step() -> None:
+    state = advance(ProgressState(2, finished_steps=1, step_seconds=(5.0,)), step_event(2))
+    assert render_line(state) == "step 2/2 | reward 0.412, selected 1.870 | 850 tokens/s"
+
+
+def test_an_empty_selection_is_said() -> None:
+    state = advance(ProgressState(1), step_event(1, selected_reward_mean=None))
+    assert "reward 0.412, none selected" in render_line(state)
+
+
+def test_events_move_the_state() -> None:
+    state = advance(ProgressState(10), phase_event(1, 128))
+    assert (state.step, state.phase, state.done, state.total) == (1, "rollouts", 128, 512)
+    state = advance(state, step_event(1))
+    assert (state.finished_steps, state.phase, state.step_seconds) == (1, "", (6.0,))
+    assert advance(state, step_event(2), step_seconds=9.0).step_seconds == (6.0, 9.0)
+    assert advance(state, {"kind": "validation", "step": 1, "reward_mean": 0.5}).validation_reward == 0.5
+    assert advance(state, {"kind": "task", "name": "start", "seconds": 1.0}) == state
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (304, "5 min 04 s"),
+        (3600, "1 h 00 min"),
+        (7860, "2 h 11 min"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_file_gets_a_line_per_step_and_one_every_ten_seconds() -> None:
+    stream, clock = io.StringIO(), HandClock()
+    with contextlib.closing(ProgressLine(2, stream, clock)) as line:
+        for second in range(26):
+            clock.now = 100.0 + second
+            line.update(phase_event(1, second))
+        line.update(step_event(1))
+        line.update({"kind": "note", "text": "checkpoint\r\x1b[2J saved"})
+        line.update(phase_event(2, 1))
+        clock.now += 6
+        line.update(step_event(2))
+    assert stream.getvalue().splitlines() == [
+        "step 1/2 | rollouts 10/512",
+        "step 1/2 | rollouts 20/512",
+        "step 1/2 | reward 0.412, selected 1.870 | 850 tokens/s | 6 s left",
+        "checkpoint  [2J saved",
+        "step 2/2 | reward 0.412, selected 1.870 | 850 tokens/s",
+    ]
+    assert all(c == "\n" or c.isprintable() for c in stream.getvalue())
+    assert line.state.step_seconds == (6.0, 6.0)  # the first by its phases, the second by the clock
+
+
+def written_to(terminal: int) -> str:
+    """What has been written to a pseudo-terminal since the last call; a read gives one piece of it."""
+    pieces = []
+    while select.select([terminal], [], [], 0.2)[0]:
+        pieces.append(os.read(terminal, 10_000))
+    return b"".join(pieces).decode()
+
+
+def screen(output: str) -> list[str]:
+    """The lines that a terminal shows: a carriage return moves to the start of the line and erases nothing."""
+    lines = []
+    for printed in output.replace("\r\n", "\n").split("\n"):
+        shown = ""
+        for piece in printed.split("\r"):
+            shown = piece + shown[len(piece) :]
+        lines.append(shown.rstrip())
+    return lines
+
+
+def test_a_terminal_gets_one_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    ours, theirs = pty.openpty()
+    clock = HandClock()
+    with os.fdopen(theirs, "w") as stream, contextlib.closing(ProgressLine(9, stream, clock)) as line:
+        line.update(phase_event(1, 111))
+        line.update(phase_event(1, 222))  # too soon to redraw
+        clock.now += 1
+        line.update(phase_event(1, 333))
+        long = written_to(ours)
+        clock.now += 1
+        line.update({"kind": "phase", "step": 1, "phase": "update"})
+        short = written_to(ours)
+        line.update({"kind": "note", "text": "a note"})
+        line.update(step_event(1))
+        clock.now += 1
+        line.update(phase_event(2, 5))
+        line.close()
+        rest = written_to(ours)
+    os.close(ours)
+    assert screen(long) == ["step 1/9 | rollouts 333/512"] and "222" not in long
+    assert screen(long + short) == ["step 1/9 | update"]
+    assert screen(long + short + rest) == ["a note", "step 2/9 | rollouts 5/512 | reward 0.41", ""]

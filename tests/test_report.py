@@ -1,0 +1,327 @@
+"""The report: numbers by hand, the page as a parser (not the template) sees it."""
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.errors import DataError
+from alignment.report import Sample, build_report, summary, verdict, write_report
+from alignment.report_page import render_page, visible
+from alignment.run_folder import create
+from alignment.types import Checkpoint, JudgeRef, RewardModelRef
+
+KEYS = {
+    "": "run_id steps validation evaluation reward_model judge seconds checkpoint",
+    "steps": "step reward_mean selected_reward_mean response_length_mean truncated_fraction loss grad_norm lr seconds",
+    "steps.seconds": "rollouts scoring update validation",
+    "validation": "step reward_mean judge_mean",
+    "reward_model": "name version digest accuracy",
+    "judge": "name accuracy",
+    "seconds": "total setup rollouts scoring update validation overhead",
+    "checkpoint": "uri sha256 step",
+}
+"""The keys of report.json as the contract lists them."""
+
+
+def step_record(step: int, **changes: Any) -> dict[str, Any]:
+    record = {"kind": "step", "step": step, "reward_mean": 0.1 * step, "selected_reward_mean": 1.0 + 0.1 * step}
+    record |= {"response_length_mean": 23.5, "truncated_fraction": 0.9, "duplicate_fraction": 0.0, "num_rollouts": 64}
+    record |= {"num_selected": 8, "response_tokens": 180, "loss": 3.25, "grad_norm": 1.5, "lr": 2e-5}
+    seconds = {"rollouts": 3.0, "scoring": 1.0, "update": 2.0}
+    return record | {"seconds": seconds, "tokens_per_second": 400.0, "prompt_ids": ["a"]} | changes
+
+
+def metrics() -> list[dict[str, Any]]:
+    validations = [
+        {"kind": "validation", "step": step, "reward_mean": 0.2 * step, "judge_mean": 0.05 * step, "seconds": 4.0}
+        for step in (0, 2)
+    ]
+    task = {"kind": "task", "name": "start", "seconds": 5.0}
+    empty = step_record(3, selected_reward_mean=None, loss=None, grad_norm=None)
+    return [task, validations[0], step_record(1), step_record(2), validations[1], empty]
+
+
+def evaluation() -> dict[str, Any]:
+    base = {"reward_mean": 0.4, "judge_mean": 0.1, "response_length_mean": 23.0, "distinct_2": 0.91}
+    aligned = {"reward_mean": 1.0, "judge_mean": 0.3, "response_length_mean": 22.0, "distinct_2": 0.85}
+    return {
+        "prompts": 96,
+        "base": base,
+        "aligned": aligned | {"kl_to_base": 1.23, "kl_to_base_ci95": [1.0, 1.5]},
+        "reward_gain": 0.6,
+        "reward_gain_ci95": [0.4, 0.8],
+        "judge_gain": 0.2,
+        "judge_gain_ci95": [-0.1, 0.5],
+        "win_rate": 0.78125,
+        "win_rate_ci95": [0.7, 0.86],
+        "judge_win_rate": 0.625,
+        "judge_win_rate_ci95": [0.53, 0.72],
+        "best_of_n": {"n": 8, "win_rate": 0.89, "judge_win_rate": 0.7, "kl_bound": 1.2044},
+        "seconds": 7.0,
+    }
+
+
+def report(**changes: Any) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "run_id": "7",
+        "metrics": metrics(),
+        "evaluation": evaluation(),
+        "reward_model": RewardModelRef("reward_model", "3", "ab12", "runs/triton_repo", 0.81),
+        "judge": JudgeRef("rotten_tomatoes judge", "runs/judge", 0.74),
+        "checkpoint": Checkpoint("runs/7/checkpoints/step-2", "cd34", 2),
+        "total_seconds": 60.0,
+        "setup_seconds": 12.0,
+    }
+    return build_report(**(arguments | changes))
+
+
+def samples() -> list[Sample]:
+    hostile = "</p><script>alert(1)</script> {{ 7 * 7 }} \"'& \x00\x1b[2J \u202eright to left \ud800"
+    return [
+        Sample("Movie review: this", "was fine\nby me", hostile, 0.1, 1.2, 0.0, 0.5),
+        Sample(hostile, hostile, "ok", 0.1, 1.2, 0.0, 0.5),
+    ]
+
+
+class Page(HTMLParser):
+    """What a browser would take from the page: elements, attributes and text by `data-key`."""
+
+    VOID = ("meta", "link", "br", "circle", "rect", "path", "line", "polyline")
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.values: dict[str, str] = {}
+        self.text = ""
+        self.open: list[tuple[str, str | None]] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = dict(attrs)
+        self.elements.append((tag, attributes))
+        key = attributes.get("data-key")
+        if key is not None:
+            assert key not in self.values, f"{key} stands twice"
+            self.values[key] = attributes.get("value") or ""
+        if tag not in self.VOID:
+            self.open.append((tag, key))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1][0] == tag, f"</{tag}> closes {self.open[-1:]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if all(tag != "style" for tag, _ in self.open):
+            self.text += data
+        for _, key in self.open:
+            if key is not None and not self.values[key]:
+                self.values[key] = data
+
+
+def page(content: dict[str, Any] | None = None) -> Page:
+    content = content or report()
+    return Page(render_page(content, verdict(content), samples(), '{"seed": 0, "name": "</pre><b>"}'))
+
+
+def test_the_keys_are_those_of_the_contract() -> None:
+    built = report()
+    assert set(built) == set(KEYS[""].split())
+    for key in ("reward_model", "judge", "seconds", "checkpoint"):
+        assert set(built[key]) == set(KEYS[key].split()), key
+    for step in built["steps"]:
+        assert set(step) == set(KEYS["steps"].split())
+        assert set(step["seconds"]) == set(KEYS["steps.seconds"].split())
+    assert all(set(v) == set(KEYS["validation"].split()) for v in built["validation"])
+    assert built["evaluation"] == evaluation()
+
+
+def test_seconds_add_up() -> None:
+    built = report()
+    assert [s["seconds"]["validation"] for s in built["steps"]] == [0.0, 4.0, 0.0]
+    # 60 in all = 12 setup + 9 rollouts + 3 scoring + 6 update + 8 in two validations + 7 evaluation + 15 overhead
+    assert built["seconds"] == {
+        "total": 60.0,
+        "setup": 12.0,
+        "rollouts": 9.0,
+        "scoring": 3.0,
+        "update": 6.0,
+        "validation": 8.0,
+        "overhead": 15.0,
+    }
+    without = {k: v for k, v in evaluation().items() if k != "seconds"}
+    assert report(evaluation=without)["seconds"]["overhead"] == 22.0
+    assert report(total_seconds=20.0)["seconds"]["overhead"] == 0.0
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> list[str]:
+    inner = [(f"{prefix}{k}", v) for k, v in values.items()]
+    return [p for k, v in inner for p in (leaves(v, f"{k}.") if isinstance(v, dict) else [k])]
+
+
+@pytest.mark.parametrize("path", [p for p in leaves(evaluation()) if p != "seconds"])
+def test_an_evaluation_that_lacks_a_key_is_refused(path: str) -> None:
+    broken = copy.deepcopy(evaluation())
+    *parents, last = path.split(".")
+    inner = broken
+    for parent in parents:
+        inner = inner[parent]
+    del inner[last]
+    with pytest.raises(DataError, match=re.escape(f"the evaluation lacks {path}")):
+        report(evaluation=broken)
+
+
+@pytest.mark.parametrize("key", [k for k in KEYS["steps"].split() if k != "step"])
+def test_a_step_record_that_lacks_a_key_is_refused(key: str) -> None:
+    broken = step_record(1)
+    del broken[key]
+    with pytest.raises(DataError, match=f"the step record of step 1 in metrics.jsonl lacks {key}"):
+        report(metrics=[broken])
+
+
+def test_a_step_recorded_twice_is_refused() -> None:
+    with pytest.raises(DataError, match=r"rising steps, each once; got \[1, 1\]"):
+        report(metrics=[step_record(1), step_record(1)])
+
+
+@pytest.mark.parametrize(
+    ("reward", "judge", "said"),
+    [
+        (
+            [0.6, 0.9],
+            [0.6, 0.8],
+            "The aligned model beats the base by reward (78% of 96 held-out prompts, 95% interval",
+        ),
+        ([0.6, 0.9], [0.6, 0.8], "The independent judge agrees (62%, 95% interval 60% to 80%)."),
+        ([0.6, 0.9], [0.2, 0.4], "The independent judge disagrees"),
+        ([0.6, 0.9], [0.4, 0.6], "The independent judge sees no clear difference"),
+        ([0.5, 0.9], [0.6, 0.8], "is not clearly better than the base by reward"),
+        ([0.5, 0.9], [0.6, 0.8], "The independent judge prefers the aligned model"),
+        ([0.1, 0.4], [0.2, 0.4], "The aligned model is worse than the base by reward"),
+        ([0.1, 0.4], [0.2, 0.4], "The independent judge agrees"),
+    ],
+)
+def test_the_verdict_follows_the_intervals(reward: list[float], judge: list[float], said: str) -> None:
+    content = report(evaluation=evaluation() | {"win_rate_ci95": reward, "judge_win_rate_ci95": judge})
+    assert said in verdict(content)
+
+
+def test_the_summary_fits_the_terminal() -> None:
+    text = summary(report(), Path("runs/7/report.html"))
+    lines = text.splitlines()
+    assert len(lines) <= 12
+    assert lines[1] == "  reward     0.400 → 1.000, gain +0.600 (95% +0.400 to +0.800)"
+    assert lines[3] == "  win rate   78.1% by reward, 62.5% by the judge"
+    assert "KL to base 1.23 nats per response (95% 1.00 to 1.50); best of 8: at most 1.20" in text
+    assert "time       1 min 00 s: setup 12 s, rollouts 9 s" in text
+    assert lines[-1].endswith("runs/7/report.html")
+
+
+def test_files_are_written(tmp_path: Path) -> None:
+    folder = create(tmp_path, "7", '{"seed": 12345}')
+    path = write_report(folder, report(), samples())
+    assert path == folder.report_html
+    assert json.loads(folder.report_json.read_text()) == report()
+    assert '"seed": 12345' in Page(path.read_text()).text
+
+
+def test_every_headline_number_stands_in_the_page_exactly() -> None:
+    built, values = report(), page().values
+    for path in leaves(evaluation()):
+        if path.endswith("_ci95") or path == "best_of_n.n":
+            continue
+        expected: Any = built["evaluation"]
+        for part in path.split("."):
+            expected = expected[part]
+        assert float(values[f"evaluation.{path}"]) == expected, path
+    for key, expected in built["seconds"].items():
+        assert float(values[f"seconds.{key}"]) == expected
+    assert values["evaluation.win_rate_ci95"] == "70.0% to 86.0%"
+    assert values["evaluation.judge_gain_ci95"] == "-0.100 to +0.500"
+    assert values["checkpoint.uri"] == built["checkpoint"]["uri"]
+    assert values["reward_model.digest"] == "ab12"
+
+
+def test_untrusted_text_stays_text() -> None:
+    seen = page()
+    assert not seen.open
+    assert not {"script", "iframe", "object", "b"} & {tag for tag, _ in seen.elements}
+    assert "</p><script>alert(1)</script> {{ 7 * 7 }} \"'& ␀␛[2J \u202eright to left ?" in seen.text
+    assert '"name": "</pre><b>"' in seen.text
+    assert visible("a\x00\n\t\x7f") == "a␀\n\t␡"
+
+
+def test_the_page_needs_no_network_and_runs_nothing() -> None:
+    for tag, attributes in page().elements:
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in ("src", "href", "action"):
+                assert value == "data:,", (tag, value)
+            assert "url(" not in (value or "") and "javascript:" not in (value or "")
+    policy = [a["content"] for tag, a in page().elements if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
+
+
+def test_the_page_is_accessible() -> None:
+    elements = page().elements
+    tags = [tag for tag, _ in elements]
+    assert dict(elements)["html"] == {"lang": "en"}
+    assert tags.count("h1") == 1 and tags.index("h1") < tags.index("h2") < tags.index("h3")
+    assert tags.count("table") == tags.count("caption") == tags.count("thead") == 4
+    assert all("scope" in attributes for tag, attributes in elements if tag == "th")
+    ids = [a["id"] for _, a in elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    for _, attributes in elements:
+        for name in ("aria-labelledby", "aria-describedby"):
+            assert attributes.get(name, ids[0]) in ids
+    charts = [a for tag, a in elements if tag == "svg" and a.get("role") == "img"]
+    assert len(charts) == 3 and all("aria-labelledby" in a and "aria-describedby" in a for a in charts)
+    assert all(a.get("role") == "img" or a.get("aria-hidden") == "true" for tag, a in elements if tag == "svg")
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG 2's contrast ratio of two hex colours."""
+
+    def luminance(colour: str) -> float:
+        digits = colour if len(colour) == 7 else "#" + "".join(c * 2 for c in colour[1:])
+        parts = [int(digits[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_colours_have_contrast_in_light_and_dark() -> None:
+    template = (Path(__file__).parent.parent / "alignment/report.html.jinja").read_text()
+    schemes = re.findall(r":root \{ (.*?) \}", template)
+    assert len(schemes) == 2
+    for scheme in schemes:
+        colour = dict(re.findall(r"--(\w+):(#\w+)", scheme))
+        for ground in (colour["ground"], colour["panel"]):
+            assert contrast(colour["ink"], ground) >= 7 and contrast(colour["soft"], ground) >= 4.5
+            assert all(contrast(colour[s], ground) >= 4.5 for s in ("s0", "s1", "s2", "s3"))
+
+
+def test_charts_place_points_by_hand() -> None:
+    # Steps 0 to 3 lie on x = 48 to 424. Rewards 0.0 to 1.2 want ticks of 0.5, so y = 210 is 0 and y = 10 is 1.5.
+    lines = [a["points"] for tag, a in page().elements if tag == "polyline"]
+    assert lines[0] == "173.3,196.7 298.7,183.3 424.0,170.0"  # all rollouts: 0.1, 0.2, 0.3
+    assert lines[1] == "173.3,63.3 298.7,50.0"  # selected: 1.1, 1.2, then a step that selected nothing
+    assert lines[2] == "48.0,210.0 298.7,156.7"  # validation: 0.0 at step 0, 0.4 at step 2
+    ticks = re.findall(r"0\s+0\.5\s+1\s+1\.5\s+0\s+1\s+2\s+3\s+RS step", page().text)
+    assert len(ticks) == 1
+
+
+def test_a_run_without_steps_still_has_a_page() -> None:
+    empty = report(metrics=[{"kind": "validation", "step": 0, "reward_mean": 0.2, "judge_mean": 0.1, "seconds": 1.0}])
+    assert not page(empty).open
+    assert "Alignment run 7" in page(empty).text

@@ -1,0 +1,301 @@
+"""The reward model in process: text to tokens, training, accuracy, export."""
+
+import hashlib
+import importlib.util
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from alignment.errors import ConfigError, DataError, DiskError, ModelError
+from models.reward_export import _claim, complete_versions, export_version, find_version, read_version
+from models.reward_model import (
+    encode,
+    load_reward_model,
+    pairwise_accuracy,
+    render,
+    score_texts,
+    train_reward_model,
+)
+from reward_fixtures import MAX_TOKENS, TEMPLATE, export_tiny, tiny_reward_model
+
+CLS, SEP = 2, 3
+MESSAGES = [{"role": "user", "content": "Wie geht's? <b>\n"}, {"role": "assistant", "content": "gut 🙂 {{ 1 }}"}]
+
+
+@pytest.fixture(scope="module")
+def served_code() -> ModuleType:
+    """triton_repo's model.py as a module; Triton's own module, absent here, is an empty stand-in."""
+    path = Path(__file__).resolve().parent.parent / "triton_repo" / "reward_model" / "1" / "model.py"
+    spec = importlib.util.spec_from_file_location("served_reward_model_code", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["triton_python_backend_utils"] = ModuleType("triton_python_backend_utils")
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules["triton_python_backend_utils"]
+    return module
+
+
+def test_render_joins_messages_without_escaping():
+    assert render(TEMPLATE, MESSAGES) == "user: Wie geht's? <b>\n\nassistant: gut 🙂 {{ 1 }}\n"
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ m.contnet }}", "{% for m in %}", "{{ messages[0].content + 1 }}", "{{ 1/0 }}"]
+)
+def test_render_refuses_a_bad_template_by_its_key(template):
+    with pytest.raises(ConfigError, match=r"reward\.template"):
+        render(template, MESSAGES)
+
+
+def test_render_gives_a_template_no_way_out():
+    with pytest.raises(ConfigError, match=r"reward\.template"):
+        render("{{ ''.__class__.__mro__[1].__subclasses__() }}", MESSAGES)
+
+
+def test_encode_truncates_the_start_and_keeps_special_tokens():
+    _, tokenizer = tiny_reward_model()
+    (whole,) = encode(tokenizer, ["abcdef"], 8)
+    (cut,) = encode(tokenizer, ["abcdef"], 5)
+    assert whole[0] == CLS and whole[-1] == SEP and len(whole) == 8
+    assert cut == [CLS, *whole[4:7], SEP]
+    assert tokenizer.decode(cut[1:-1]) == "def"
+
+
+def test_encode_does_not_double_special_tokens():
+    _, tokenizer = tiny_reward_model()
+    plain = encode(tokenizer, ["abcdef"], 20)
+    assert encode(tokenizer, ["[CLS]abcdef[SEP]"], 20) == plain
+    assert encode(tokenizer, ["[CLS]abcdef[SEP]"], 5) == encode(tokenizer, ["abcdef"], 5)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        TEMPLATE,
+        "{% for m in messages %}{{ m.content }}{% endfor %}",
+        "[CLS]{% for m in messages %}\n  {% if m.role == 'user' %}\nQ {{ m['content'] | trim }}\n{% endif %}\n"
+        "{% endfor %}[SEP]\n\n",
+    ],
+)
+def test_the_served_copies_of_render_and_encode_agree(served_code, template):
+    _, tokenizer = tiny_reward_model()
+    compiled = served_code.compile_template(template)
+    for messages in (MESSAGES, MESSAGES[:1], [{"role": "user", "content": "x" * 300}]):
+        text = render(template, messages)
+        assert served_code.render(compiled, messages) == text
+        for max_tokens in (5, MAX_TOKENS):
+            assert [served_code.encode(tokenizer, text, max_tokens)] == encode(tokenizer, [text], max_tokens)
+
+
+def test_micro_batches_keep_the_budget_and_lose_nobody(served_code):
+    batches = list(served_code.micro_batches([5, 1, 9, 3, 3, 20], token_budget=10))
+    # By length: 1 3 3 | 5 | 9 | 20. Three rows of 3 are 9 tokens; a fourth of 5 would be 20.
+    assert batches == [[1, 3, 4], [0], [2], [5]]
+    assert list(served_code.micro_batches([], token_budget=10)) == []
+
+
+def test_scores_do_not_depend_on_batch_order_or_padding():
+    model, tokenizer = tiny_reward_model()
+    texts = ["a", "some words", "x" * 90, "", "ümläut"]
+    together = score_texts(model, tokenizer, texts, max_tokens=MAX_TOKENS)
+    alone = []
+    for text in texts:
+        with torch.inference_mode():
+            alone.append(model(**tokenizer(text, return_tensors="pt")).logits.item())
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert score_texts(model, tokenizer, texts[::-1], max_tokens=MAX_TOKENS) == pytest.approx(alone[::-1], abs=1e-5)
+    assert max(alone) - min(alone) > 0.1
+
+
+def test_pairwise_accuracy_counts_ties_as_one_half():
+    model, tokenizer = tiny_reward_model()
+    low, high = sorted(["one", "another"], key=lambda t: score_texts(model, tokenizer, [t], max_tokens=20)[0])
+    accuracy = pairwise_accuracy(model, tokenizer, [high, high, low, low], [low, low, high, low], max_tokens=20)
+    assert accuracy == (1 + 1 + 0 + 0.5) / 4
+
+
+def test_no_pairs_is_an_error():
+    model, tokenizer = tiny_reward_model()
+    with pytest.raises(DataError, match=r"reward\.held_out_pairs"):
+        pairwise_accuracy(model, tokenizer, [], [], max_tokens=8)
+    with pytest.raises(DataError, match=r"reward\.train_pairs"):
+        train_reward_model(model, tokenizer, [], [], lr=1, batch_size=1, epochs=1, max_tokens=8, seed=0)
+
+
+def train(seed: int, on_step=None):
+    model, tokenizer = tiny_reward_model()
+    chosen, rejected = [f"good {i}" for i in range(20)], [f"bad {i}" for i in range(20)]
+    losses = train_reward_model(
+        model,
+        tokenizer,
+        chosen,
+        rejected,
+        lr=3e-3,
+        batch_size=8,
+        epochs=6,
+        max_tokens=16,
+        seed=seed,
+        on_step=on_step,
+    )
+    accuracy = pairwise_accuracy(model, tokenizer, ["good 31", "good 32"], ["bad 31", "bad 32"], max_tokens=16)
+    return losses, accuracy, model
+
+
+def test_training_learns_is_deterministic_and_leaves_the_random_state_alone():
+    state = torch.random.get_rng_state()
+    steps: list[tuple[int, int, float]] = []
+    losses, accuracy, model = train(seed=1, on_step=lambda *step: steps.append(step))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert len(losses) == 6 * 3  # 20 pairs in batches of 8 are 3 steps
+    assert steps == [(i + 1, 18, loss) for i, loss in enumerate(losses)]
+    assert accuracy == 1.0 and sum(losses[-3:]) < sum(losses[:3])
+    assert not model.training
+
+    again, _, same = train(seed=1)
+    assert again == losses
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
+    assert train(seed=2)[0] != losses
+
+
+def test_a_loss_that_is_not_finite_stops_the_training():
+    model, tokenizer = tiny_reward_model()
+    with torch.no_grad():
+        model.classifier.bias.fill_(float("nan"))
+    with pytest.raises(ModelError, match=r"loss became nan at step 1 of 1: lower reward\.lr \(0\.5\)"):
+        train_reward_model(model, tokenizer, ["a"], ["b"], lr=0.5, batch_size=1, epochs=1, max_tokens=8, seed=0)
+
+
+def save(folder: Path, labels: int = 1, headless: bool = False, pad: bool = True) -> str:
+    model, tokenizer = tiny_reward_model()
+    if labels != 1:
+        model.classifier = torch.nn.Linear(32, labels)
+        model.config.num_labels = labels
+    if not pad:
+        model.config.pad_token_id = tokenizer.pad_token = None
+    (model.bert if headless else model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_saved_model_loads_with_its_head(tmp_path):
+    model, tokenizer = load_reward_model(save(tmp_path), require_head=True)
+    original, original_tokenizer = tiny_reward_model()
+    assert score_texts(model, tokenizer, ["abc"], max_tokens=20) == score_texts(
+        original, original_tokenizer, ["abc"], max_tokens=20
+    )
+
+
+def test_a_new_head_is_given_by_the_seed_and_said_in_silence(tmp_path, capfd):
+    source = save(tmp_path, headless=True)
+    heads = [load_reward_model(source, seed=seed)[0].classifier.weight for seed in (0, 0, 1)]
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+    out, err = capfd.readouterr()
+    assert "classifier" not in out + err and "Loading" not in out + err
+    with pytest.raises(ModelError, match=r"no trained head \(missing .*classifier\.weight.*reward\.train_pairs"):
+        load_reward_model(source, require_head=True)
+
+
+def test_models_that_cannot_be_reward_models_are_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"reward\.model \(/no/such/folder\): no such folder"):
+        load_reward_model("/no/such/folder")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_reward_model(str(tmp_path / "empty"))
+    with pytest.raises(ModelError, match="one scalar output"):
+        load_reward_model(save(tmp_path / "two", labels=2))
+    with pytest.raises(ModelError, match="no padding token"):
+        load_reward_model(save(tmp_path / "no-pad", pad=False))
+
+
+def test_an_export_is_whole_and_loads_as_a_plain_model(tmp_path):
+    version = export_tiny(tmp_path, name="helpful", recipe_digest="r1", accuracy=0.75)
+    ref = read_version(tmp_path, "helpful", version)
+    folder = tmp_path / "helpful" / "1"
+    weights = folder / "weights"
+    assert (ref.name, ref.version, ref.accuracy, ref.repository) == ("helpful", "1", 0.75, str(tmp_path))
+    assert ref.digest == hashlib.sha256((weights / "model.safetensors").read_bytes()).hexdigest()
+    assert json.loads((folder / "card.json").read_text())["digest"] == ref.digest
+    assert json.loads((folder / "settings.json").read_text()) == {"max_tokens": MAX_TOKENS, "token_budget": 512}
+    assert (folder / "template.jinja").read_text() == TEMPLATE
+    assert 'name: "helpful"' in (tmp_path / "helpful" / "config.pbtxt").read_text()
+    assert sorted(p.name for p in (tmp_path / "helpful").iterdir()) == [".claims", "1", "config.pbtxt"]
+
+    model, tokenizer = tiny_reward_model()
+    loaded = AutoModelForSequenceClassification.from_pretrained(weights)
+    batch = AutoTokenizer.from_pretrained(weights)("abc", return_tensors="pt")
+    with torch.inference_mode():
+        reward = loaded.eval()(**batch).logits.item()
+    assert reward == pytest.approx(score_texts(model, tokenizer, ["abc"], max_tokens=20)[0], abs=1e-6)
+
+
+def test_a_version_is_found_by_its_recipe_and_the_newest_wins(tmp_path):
+    assert find_version(tmp_path, "reward_model", "r1") is None
+    for recipe in ("r1", "r2", "r1"):
+        export_tiny(tmp_path, recipe_digest=recipe)
+    found = find_version(tmp_path, "reward_model", "r1")
+    assert found is not None and found.version == "3"
+    assert find_version(tmp_path, "reward_model", "r3") is None
+
+
+def test_exporters_side_by_side_get_different_versions(tmp_path):
+    (tmp_path / "claims").mkdir()
+    with ThreadPoolExecutor(8) as pool:
+        # Many, for the moment between looking and taking is short.
+        assert len(set(pool.map(lambda _: _claim(tmp_path / "claims"), range(400)))) == 400
+        versions = list(pool.map(lambda seed: export_tiny(tmp_path, seed=seed), range(6)))
+    assert sorted(versions) == ["1", "2", "3", "4", "5", "6"]
+    assert complete_versions(tmp_path, "reward_model") == sorted(versions)
+    assert len({read_version(tmp_path, "reward_model", v).digest for v in versions}) == 6
+
+
+def test_damaged_weights_are_refused_by_name(tmp_path):
+    export_tiny(tmp_path, recipe_digest="r1")
+    path = tmp_path / "reward_model" / "1" / "weights" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ModelError, match="damaged or were changed"):
+        read_version(tmp_path, "reward_model", "1")
+    with pytest.raises(ModelError, match="damaged or were changed"):
+        find_version(tmp_path, "reward_model", "r1")
+    with pytest.raises(ModelError, match=r"reward\.version \(7\).*versions there: 1"):
+        read_version(tmp_path, "reward_model", "7")
+
+
+def test_an_edited_config_is_kept(tmp_path):
+    export_tiny(tmp_path)
+    config = tmp_path / "reward_model" / "config.pbtxt"
+    config.write_text(config.read_text() + "# tuned\n")
+    export_tiny(tmp_path)
+    assert config.read_text().endswith("# tuned\n")
+
+
+def test_a_failed_export_leaves_no_version(tmp_path):
+    model, tokenizer = tiny_reward_model()
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    tokenizer.save_pretrained = full_disk
+    arguments = {"repository": tmp_path, "name": "m", "max_tokens": 8, "token_budget": 8, "card": {}}
+    with pytest.raises(DiskError, match=r"No space left on device.*reward\.repository"):
+        export_version(model, tokenizer, template=TEMPLATE, **arguments)
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [".claims", "config.pbtxt"]
+    assert complete_versions(tmp_path, "m") == []
+
+
+def test_an_export_that_could_not_serve_is_refused(tmp_path):
+    model, tokenizer = tiny_reward_model()
+    arguments = {"repository": tmp_path, "name": "m", "token_budget": 8, "card": {}}
+    with pytest.raises(ConfigError, match=r"reward\.max_tokens \(129\) must be <= 128"):
+        export_version(model, tokenizer, template=TEMPLATE, max_tokens=129, **arguments)
+    with pytest.raises(ConfigError, match=r"reward\.template"):
+        export_version(model, tokenizer, template="{{ x }}", max_tokens=8, **arguments)
+    assert list(tmp_path.iterdir()) == []

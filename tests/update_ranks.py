@@ -1,0 +1,57 @@
+"""One RS update on the ranks that torch.distributed.run starts; saves weights and result for tests/test_update.py.
+
+With `--plain-gradient`, SGD with rate 1 stands in for AdamW, so that the change of the weights is the gradient.
+With `--dropout N` the attention drops, after N numbers were drawn from torch's generator.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+
+import torch
+from safetensors.torch import save_file
+
+from alignment import engine as engines
+from alignment.config import TrainingSection
+from alignment.types import Rollout
+from alignment.update import update
+from tiny import EOS, random_rows, tiny_llama
+
+PROMPT_LENGTHS, RESPONSE_LENGTHS = [3, 9, 5, 1, 7], [4, 12, 1, 6, 2]
+
+
+def rollouts() -> list[Rollout]:
+    prompts, responses = random_rows(PROMPT_LENGTHS), random_rows(RESPONSE_LENGTHS, seed=1)
+    return [
+        Rollout(
+            prompt_id=str(i), rollout_index=0, response="", finish_reason="length",
+            prompt_ids=tuple(p), response_ids=tuple(r),
+        )
+        for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
+    ]  # fmt: skip
+
+
+def main() -> None:
+    settings, out, steps, plain = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3]), "--plain-gradient" in sys.argv
+    training = TrainingSection(**settings)
+    ranks = engines.start_ranks(threads=1, gpu=False)
+    if plain:
+        torch.optim.AdamW = lambda parameters, **_: torch.optim.SGD(parameters, lr=1.0)
+    model = tiny_llama()
+    if "--dropout" in sys.argv:
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.3
+        torch.rand(int(sys.argv[-1]))  # what a process may have drawn before
+    engine = engines.build_engine(model, training, world_size=ranks.world_size)
+    for _ in range(steps):
+        result = update(
+            engine, rollouts(), training, ranks, lr=1.0 if plain else training.lr, pad_id=EOS, stream="test"
+        )
+    if ranks.rank == 0:
+        save_file({k: v.clone() for k, v in model.state_dict().items()}, f"{out}.safetensors")
+        with open(f"{out}.json", "w") as file:
+            json.dump(asdict(result), file)
+
+
+if __name__ == "__main__":
+    main()
