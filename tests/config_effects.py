@@ -321,6 +321,8 @@ def samples_per_prompt(config: Config) -> list[int]:
 
 def wandb_run(config: Config) -> list[str]:
     """The projects of the W&B runs that a task leaves in the run folder."""
+    import wandb
+
     from test_tracking import read_runs
 
     run = new_run(config)
@@ -328,6 +330,7 @@ def wandb_run(config: Config) -> list[str]:
         wandb_run.log_validation(
             {"kind": "validation", "step": 0, "reward_mean": 0.0, "judge_mean": 0.0, "seconds": 0.0}
         )
+    wandb.teardown()  # its service may write the last of a finished run's records only when it ends
     return [found["project"] for found in read_runs(run.path)]
 
 
