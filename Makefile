@@ -1,7 +1,8 @@
 # make run      the main job: align SmolLM2-135M on IMDB sentiment, no GPU, no hub
 # make control  the main job beside its random control, and the paired difference
 # make test     lint, types and tests
-# Both make the virtual environment first; a stamp keeps that instant when nothing changed.
+# make test-all the same, and those that kill and resume runs at every moment
+# All make the virtual environment first; a stamp keeps that instant when nothing changed.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run control test lint clean help
+.PHONY: run control test test-slow test-all lint clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -19,7 +20,13 @@ run: $(STAMP)
 
 ## The whole runs come first: they fill one of the two processes while the other does the rest.
 test: $(DEV_STAMP) lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_flow.py tests
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder tests/test_flow.py tests
+
+## Kills at every moment, one after the other: minutes of starting over.
+test-slow: $(DEV_STAMP)
+	$(BIN)/python -m pytest -m slow -n 2 tests/test_interruptions.py
+
+test-all: test test-slow
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

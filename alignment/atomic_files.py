@@ -9,6 +9,7 @@ import errno
 import json
 import math
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,13 +17,15 @@ from typing import IO, Any
 
 from alignment.errors import DiskError
 
+MOVE = "or go on elsewhere by a new run: --set resume.from=RUN --set run.root=DIR"
 REMEDIES = {
-    errno.ENOSPC: "free some space, or set run.root to another disk, then resume the run",
-    errno.EDQUOT: "your disk quota is used up: free some space, or set run.root to another disk, then resume the run",
-    errno.EACCES: "give yourself the right to write there, or set run.root to a folder of your own",
-    errno.EPERM: "give yourself the right to write there, or set run.root to a folder of your own",
-    errno.EROFS: "the disk is mounted read-only: set run.root to another one",
+    errno.ENOSPC: f"free some space and resume the run, {MOVE}",
+    errno.EDQUOT: f"your disk quota is used up: free some space and resume the run, {MOVE}",
+    errno.EACCES: f"give yourself the right to write there and resume the run, {MOVE}",
+    errno.EPERM: f"give yourself the right to write there and resume the run, {MOVE}",
+    errno.EROFS: f"the disk is mounted read-only: mount it for writing and resume the run, {MOVE}",
 }
+_RUST_IO_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def write_json(path: Path, obj: Any) -> None:
@@ -90,9 +93,17 @@ def settle_files(folder: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns an OSError of the body into a DiskError that names `path` and the remedy."""
+    """Turns a system error of the body into a DiskError that names `path` and the remedy.
+
+    safetensors and tokenizers report theirs in types of their own, with Rust's text: "… (os error 28)".
+    """
     try:
         yield
-    except OSError as error:
-        remedy = REMEDIES.get(error.errno or 0, "check run.root and the disk behind it, then resume the run")
-        raise DiskError(f"cannot write {path}: {error.strerror or error}; {remedy}") from error
+    except Exception as error:
+        rust = _RUST_IO_ERROR.search(str(error))
+        if not isinstance(error, OSError) and rust is None:
+            raise
+        number = error.errno if isinstance(error, OSError) else int(rust[1]) if rust else None
+        reason = os.strerror(number) if number else str(error)
+        remedy = REMEDIES.get(number or 0, "check run.root and the disk behind it, then resume the run")
+        raise DiskError(f"cannot write {path}: {reason}; {remedy}") from error

@@ -1,27 +1,35 @@
 """The colocated executor: one iteration of RS steps by workers on the step's own node."""
 
-from contextlib import closing
+import os
+import time
 from typing import Any
 
 from alignment.config import Config
-from alignment.errors import CheckpointError
+from alignment.errors import CheckpointError, StoppedError
 from alignment.launch import run_workers
-from alignment.lifeline import end_with_parent
-from alignment.progress import ProgressLine
+from alignment.preparation import load_prompt_sets
+from alignment.progress import ProgressLines
 from alignment.run_folder import RunFolder
 from alignment.task import claim_devices, served, timed_task, tracker
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
 
+WORKER = "alignment.worker"
+COMMAND_STARTED = "RS_COMMAND_STARTED"
+"""Environment variable: Unix time at which the `run` or `resume` command began; else a task counts from its own."""
 
-def iterate(config: Config, run: RunFolder, reward: RewardModelRef, judge: JudgeRef, iteration: int) -> Checkpoint:
-    """RS steps up to `iteration × steps_per_iteration`, from the run's last checkpoint. Raises AlignmentError."""
+
+def iterate(config: Config, run: RunFolder, reward: RewardModelRef, judge: JudgeRef) -> Checkpoint:
+    """RS steps from the run's last checkpoint to the next multiple of `steps_per_iteration`. Raises AlignmentError."""
     from models.checkpoints import newest_checkpoint
 
     claim_devices(config)
-    end_with_parent()
-    until = min(iteration * config.loop.steps_per_iteration, config.loop.max_steps)
+    total = config.total_steps(len(load_prompt_sets(run.path).train))
+    begun_at = newest_checkpoint(run.checkpoints)
+    done = begun_at.step if begun_at else 0
+    until = min((done // config.loop.steps_per_iteration + 1) * config.loop.steps_per_iteration, total)
+    stopped: list[dict[str, Any]] = []
+    progress = ProgressLines(total)
     with (
-        closing(ProgressLine(config.loop.max_steps)) as progress,
         timed_task(run, "iterate"),
         served(config, run, reward) as server,
         tracker(config, run) as wandb_run,
@@ -33,13 +41,33 @@ def iterate(config: Config, run: RunFolder, reward: RewardModelRef, judge: Judge
                 wandb_run.log_step(event)
             elif event["kind"] == "validation":
                 wandb_run.log_validation(event)
+            elif event["kind"] == "stopped":
+                stopped.append(event)
 
         arguments = ["--folder", str(run.path), "--until", str(until), "--url", server.url]
-        arguments += ["--version", reward.version, "--judge", judge.uri]
+        arguments += ["--version", reward.version, "--judge", judge.uri, *_ends_at(config)]
         run_workers(
-            "alignment.worker", arguments, num_workers=config.num_workers, on_event=on_event, check=server.check
+            WORKER,
+            arguments,
+            num_workers=config.num_workers,
+            on_event=on_event,
+            check=server.check,
+            grace_s=config.loop.stop_grace_s,
         )
     checkpoint = newest_checkpoint(run.checkpoints)
+    if stopped:
+        where = checkpoint.uri if checkpoint else "no checkpoint yet: the run begins anew"
+        raise StoppedError(
+            f"stopped after RS step {stopped[0]['step']} of {total}: {stopped[0]['reason']} ({where}). "
+            "`python flows/rs_flow.py resume` goes on from there"
+        )
     if checkpoint is None or checkpoint.step < until:
         raise CheckpointError(f"{run.checkpoints} holds no checkpoint of RS step {until}, which the workers just made")
     return checkpoint
+
+
+def _ends_at(config: Config) -> list[str]:
+    seconds = config.max_seconds_per_run
+    if seconds is None:
+        return []
+    return ["--ends-at", str(float(os.environ.get(COMMAND_STARTED, time.time())) + seconds)]

@@ -15,11 +15,10 @@ from alignment.atomic_files import write_json
 from alignment.config import Config, parse_config
 from alignment.errors import CheckpointError, ConfigError
 from alignment.launch import run_workers
-from alignment.lifeline import end_with_parent
 from alignment.preparation import cache_folder, load_prompt_sets
 from alignment.run_folder import RunFolder
-from alignment.stages import begin, prepare_scorers
-from alignment.task import claim_devices, ready_timeout_s, served
+from alignment.stages import begin
+from alignment.task import claim_devices, ready_timeout_s, reward_client, served
 from alignment.types import Decision, Prompt, RewardModelRef, Rollout, ScoredRollout, StepUpdate
 
 Plain = dict[str, Any]
@@ -29,21 +28,26 @@ Place = Mapping[str, Any]
 def begin_step(config: Config, run_path: str | None, run_id: str) -> Plain:
     """Where the RS step after the last checkpoint of `run_path` is; without a path, step 1 of a new run.
 
-    Raises ConfigError where the run has all its steps.
+    Raises ConfigError where there is no such run, or it has all its steps.
     """
     from models.checkpoints import last_checkpoint
 
     path = run_path or begin(config, run_id)[0]
+    if not RunFolder(Path(path)).config.is_file():
+        raise ConfigError(f"--run_path ({path}): no run folder; give one that `run` made, or leave the option out")
     if parse_config(RunFolder(Path(path)).config.read_text()) != config:
         raise ConfigError(
             f"the run {path} was begun with another config: give its own, --config config {path}/config.json"
         )
     checkpoint = last_checkpoint(RunFolder(Path(path)).checkpoints)
     done = checkpoint.step if checkpoint else 0
-    if done >= config.loop.max_steps:
-        raise ConfigError(f"the run {path} has all of its loop.max_steps ({config.loop.max_steps}): raise it to go on")
-    reward, judge = prepare_scorers(config, path)
-    return {"run_path": path, "step": done + 1, "reward_model_ref": reward, "judge_ref": judge}
+    total = config.total_steps(len(load_prompt_sets(Path(path)).train))
+    if done >= total:
+        raise ConfigError(
+            f"the run {path} has all of its {total} RS steps: to go on, begin another with --set resume.from={path} "
+            "and a larger loop.max_steps or loop.max_epochs"
+        )
+    return {"run_path": path, "step": done + 1}
 
 
 def sample_shard(config: Config, place: Place, shard: int, num_shards: int) -> tuple[list[Plain], float]:
@@ -94,7 +98,6 @@ def train(
     from models.checkpoints import last_checkpoint
 
     claim_devices(config)
-    end_with_parent()
     run, step, begun = _run(place), place["step"], time.monotonic()
     selection = run.path / "selected" / f"step-{step:06d}.json"
     write_json(selection, [r for r, d in zip(scored, decisions, strict=True) if d["selected"]])
@@ -112,17 +115,19 @@ def train(
     result = StepUpdate(**next(e["update"] for e in events if e["kind"] == "update"))
     took = {**seconds, "update": time.monotonic() - begun}
     record = step_record(step, [_scored(r) for r in scored], [Decision(**d) for d in decisions], result, took)
-    run.truncate_metrics(step - 1)
+    run.truncate_metrics(step - 1, validated=True)
     run.append_metrics(record)
     return asdict(checkpoint)
 
 
 def validate(config: Config, place: Place) -> Plain:
-    """The validation of the last checkpoint; returns its record, which is also the run's."""
+    """The validation of the last checkpoint, where one is due; returns its record, which is also the run's."""
     from alignment.rs_step import validation_record
     from models.judge import load_judge
 
     begun, run = time.monotonic(), _run(place)
+    if not config.validates(place["step"], config.total_steps(len(load_prompt_sets(run.path).train))):
+        return {}
     rollouts = _generate(config, place, load_prompt_sets(run.path).validation, 1, f"{config.seed}/validation")
     judge = load_judge(Path(place["judge_ref"]["uri"]))
     record = validation_record(place["step"], _score(config, place, rollouts), judge, seconds=time.monotonic() - begun)
@@ -163,13 +168,12 @@ def _generate(
 
 def _score(config: Config, place: Place, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
     """The rollouts with rewards, from a server that lives as long as this call."""
-    from alignment.scoring import RewardClient, score_rollouts
+    from alignment.scoring import score_rollouts
 
-    end_with_parent()
     reward = RewardModelRef(**place["reward_model_ref"])
     with (
         served(config, _run(place), reward) as server,
-        RewardClient(server.url, reward.name, reward.version, config.reward.timeout_s, check=server.check) as client,
+        reward_client(config, server.url, reward.version, check=server.check) as client,
     ):
         client.wait_ready(ready_timeout_s(config))
         return score_rollouts(client, rollouts)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.atomic_files import disk_errors, settle_files
-from alignment.errors import DiskError, ModelError
+from alignment.errors import ModelError
 from alignment.files import package_file
 
 FORMAT = 1
@@ -73,7 +73,7 @@ def _folder_or_hub_name(source: str, key: str, known: str) -> Path | str:
                 "name the folder that save_pretrained wrote"
             )
         return folder
-    if not folder.exists() and _HUB_NAME.fullmatch(source):
+    if not folder.parent.is_dir() and _HUB_NAME.fullmatch(source):  # models/typo beside a folder models is no hub name
         return source
     raise ModelError(
         f"{key} ({source}): no such model folder; give a folder, a hub name owner/name, or one of: {known}"
@@ -211,18 +211,13 @@ def _no_progress_bars() -> contextlib.AbstractContextManager[Any]:
 
 def _cached(cache: Path, name: str, write: Callable[[Path], Any]) -> Path:
     """The folder `cache/name`, made by `write` if it is not there yet; a second process waits for the first."""
-    from safetensors import SafetensorError
-
     target = cache / name
-    try:
-        with disk_errors(target):
-            if not target.is_dir():
-                cache.mkdir(parents=True, exist_ok=True)
-                with _locked(cache / f".{name}.lock"):
-                    if not target.is_dir():
-                        _make_folder(target, write)
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise DiskError(f"cannot write {target}: {error}; free some space, or set run.root to another disk") from error
+    with disk_errors(target):
+        if not target.is_dir():
+            cache.mkdir(parents=True, exist_ok=True)
+            with _locked(cache / f".{name}.lock"):
+                if not target.is_dir():
+                    _make_folder(target, write)
     return target
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignment.config import TrainingSection
+from alignment.config_sections import TrainingSection
 from alignment.errors import CheckpointError
+from alignment.one_node import store_url
 from models.batching import ResponseBatch, response_logits
 from models.losses import response_loss_sum
 from models.memory import keep_freed_memory
@@ -53,7 +54,13 @@ def start_ranks(*, threads: int, gpu: bool) -> Ranks:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
         __compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if gpu else "gloo",
+        init_method=store_url(),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        verbose=False,
+    )
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
 

@@ -8,6 +8,7 @@ AlignmentError
 ├── TrainingError      the policy's weights, loss or gradient are no longer finite
 ├── DiskError          no space, or a folder that cannot be written
 ├── WorkerError        a worker process ended with an error
+├── StoppedError       the run was asked to stop, or its time was over, and has a checkpoint
 └── RewardError        scoring failed
     ├── RewardServerError     the server: not there, not ready, gone, overloaded
     └── RewardRequestError    the request: refused by the model, not curable by a retry
@@ -46,6 +47,10 @@ class DiskError(AlignmentError):
 
 class WorkerError(AlignmentError):
     """A worker process ended with an error; the message carries its last lines."""
+
+
+class StoppedError(AlignmentError):
+    """The run stopped in order, before its end, and can be resumed from its checkpoint."""
 
 
 class RewardError(AlignmentError):

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from alignment.config import Config
 from alignment.errors import CheckpointError
-from alignment.lifeline import end_with_parent
 from alignment.preparation import cache_folder, load_prompt_sets
-from alignment.progress import ProgressLine
+from alignment.progress import ProgressLines
 from alignment.run_folder import RunFolder, write_json
-from alignment.task import claim_devices, ready_timeout_s, served, timed_task, tracker
+from alignment.task import claim_devices, ready_timeout_s, reward_client, served, timed_task, tracker
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ def evaluate(
     from models.checkpoints import best_checkpoint
 
     claim_devices(config)
-    end_with_parent()
     checkpoint = best_checkpoint(run.checkpoints)
     if checkpoint is None:
         raise CheckpointError(f"{run.checkpoints} holds no finished checkpoint: resume the run")
@@ -68,7 +66,6 @@ def _samples(
 
     from alignment.embedded import policy_folder
     from alignment.evaluation import kl_to_base, sample_and_score
-    from alignment.scoring import RewardClient
     from models.judge import load_judge
     from models.memory import keep_freed_memory
     from models.policy import load_policy
@@ -77,7 +74,7 @@ def _samples(
     keep_freed_memory()
     device = "cuda" if config.resources.gpu else "cpu"
     form = config.policy.prompt_format
-    progress = ProgressLine(config.loop.max_steps)
+    progress = ProgressLines(checkpoint.step)
 
     def reporter(phase: str) -> Callable[[int, int], None]:
         event = {"kind": "phase", "step": checkpoint.step, "phase": phase}
@@ -87,9 +84,7 @@ def _samples(
         base = load_policy(policy_folder(config.policy.model, cache_folder(config)), prompt_format=form, device=device)
         aligned = load_policy(checkpoint.uri, prompt_format=form, device=device)
         prompts, judge = load_prompt_sets(run.path).evaluation, load_judge(Path(judge_ref.uri))
-        with RewardClient(
-            server.url, reward.name, reward.version, config.reward.timeout_s, check=server.check
-        ) as client:
+        with reward_client(config, server.url, reward.version, check=server.check) as client:
             client.wait_ready(ready_timeout_s(config))
             of_base, of_aligned = (
                 sample_and_score(
@@ -105,7 +100,6 @@ def _samples(
                 )
                 for who, policy, count in (("base", base, config.evaluation.best_of_n + 1), ("aligned", aligned, 1))
             )
-    progress.close()
     return of_base, of_aligned, kl_to_base(aligned, base, of_aligned.first())
 
 

@@ -5,6 +5,7 @@ JSON lines on standard output; anything else that a library prints goes to stand
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -23,7 +24,8 @@ SOURCE_ROOT = Path(__file__).resolve().parent.parent
 """The folder that holds `alignment/`, `models/`, `infra/` and `triton_repo/`, in a checkout and in a code package."""
 
 TAIL_LINES = 20
-GRACE_S = 20
+GRACE_MARGIN_S = 5.0
+"""Beyond their own grace time, after which workers end themselves."""
 
 
 def run_workers(
@@ -33,13 +35,15 @@ def run_workers(
     num_workers: int,
     on_event: Callable[[dict[str, Any]], None],
     check: Callable[[], None],
+    grace_s: float = 0.0,
 ) -> None:
     """Run `module` on `num_workers` ranks to its end. Raises the worker's own AlignmentError, or WorkerError.
 
     `check` is called every second and raises where the workers would wait in vain (a dead reward server).
+    `grace_s` is how long workers may take to end when this process gives up on them, by Ctrl-C for instance.
     """
     command = [
-        *[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1"],
+        *[sys.executable, "-m", "alignment.one_node", f"--shutdown-timeout={math.ceil(grace_s + GRACE_MARGIN_S)}"],
         *[f"--nproc-per-node={num_workers}", "-m", module, *arguments],
     ]
     process = subprocess.Popen(
@@ -67,7 +71,7 @@ def run_workers(
                 on_event(event)
         status = process.wait()
     finally:
-        stop(process)
+        stop(process, grace_s)
     if reported:
         raise reported[0]
     if status:
@@ -87,23 +91,21 @@ def _watch(process: subprocess.Popen[str], check: Callable[[], None], reported: 
 
 
 def worker_environment() -> dict[str, str]:
-    """The environment of a child that imports this package and reads no hub."""
+    """The environment of a child that imports this package, wherever it lies."""
     path = os.pathsep.join(filter(None, [str(SOURCE_ROOT), os.environ.get("PYTHONPATH")]))
     # One intra-op pool per worker is set by the worker itself; torchrun would otherwise warn and force 1.
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
 
 
-def stop(process: subprocess.Popen[Any]) -> None:
-    """End a child and its session: the lifeline first, then SIGTERM, then SIGKILL after the grace time."""
+def stop(process: subprocess.Popen[Any], grace_s: float) -> None:
+    """End a child and its session: by its lifeline, and by force once the grace time is over."""
     if process.stdin:
         process.stdin.close()
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    try:
+        process.wait(grace_s + GRACE_MARGIN_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _parse(line: str) -> dict[str, Any] | None:

@@ -1,13 +1,12 @@
-"""What a person sees while a run goes on: one line, made from the events of the workers.
+"""What a person sees while a run goes on: lines with a bar, made from the events of the workers.
 
 Events are those of metrics.jsonl ("step", "validation", and others that are no news here) and two that are
 not kept: {"kind": "phase", "step", "phase", "done", "total", "tokens"} and {"kind": "note", "text"}.
 
-On a terminal the line is redrawn in place. Where output goes to a file, or through Metaflow, which puts a
-prefix before each line, there is one line per finished step, and while a step lasts longer one every 10 s.
+There is one line per finished step, and while a step lasts longer one every 10 s. Nothing is redrawn in place:
+Metaflow, through which all output goes, puts a prefix before each line and passes whole lines on.
 """
 
-import shutil
 import statistics
 import sys
 import time
@@ -16,9 +15,9 @@ from dataclasses import dataclass, replace
 from typing import Any, TextIO
 
 QUIET_SECONDS = 10.0
-"""Shortest time between two lines about a step that is not finished, where output is no terminal."""
-REDRAW_SECONDS = 0.1
-"""Shortest time between two redraws on a terminal."""
+"""Shortest time between two lines about a step that is not finished."""
+BAR = 10
+"""Characters of the bar."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +66,13 @@ def advance(state: ProgressState, event: Mapping[str, Any], step_seconds: float 
 
 
 def render_line(state: ProgressState) -> str:
-    """The line for a state, e.g. `step 3/10 | rollouts 128/512 | reward 0.412, selected 1.870 | 850 tokens/s`.
+    """The line for a state, e.g. `[###.......] step 3/10 | reward 0.412, selected 1.870 | 850 tokens/s | 48 s left`.
 
-    What is not known yet is left out. The time left is the median duration of the finished steps times the
-    steps to go.
+    What is not known yet is left out. The time left, to the last RS step, is the median duration of the finished
+    steps times the steps to go.
     """
-    parts = [f"step {state.step}/{state.total_steps}"]
+    filled = BAR * state.finished_steps // state.total_steps
+    parts = [f"[{'#' * filled}{'.' * (BAR - filled)}] step {state.step}/{state.total_steps}"]
     if state.phase:
         parts.append(f"{state.phase} {state.done}/{state.total}" if state.total else state.phase)
     if state.reward is not None:
@@ -98,8 +98,8 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-class ProgressLine:
-    """Shows the events of a run on `stream` (by default standard error); `contextlib.closing` ends the line."""
+class ProgressLines:
+    """Shows the events of a run on `stream` (by default standard error)."""
 
     def __init__(
         self, total_steps: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
@@ -107,10 +107,8 @@ class ProgressLine:
         self.state = ProgressState(total_steps)
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
-        self._live = self._stream.isatty()
-        self._shown_at = clock() if not self._live else float("-inf")
+        self._shown_at = clock()
         self._step_ended_at: float | None = None
-        self._width = 0
 
     def update(self, event: Mapping[str, Any]) -> None:
         """Takes one event and shows what has changed."""
@@ -121,35 +119,11 @@ class ProgressLine:
         if kind == "step":
             self._step_ended_at = now
         if kind == "note":
-            self._print_line(str(event["text"]))
-        elif kind in ("phase", "step", "validation"):
-            wait = REDRAW_SECONDS if self._live else QUIET_SECONDS
-            if kind == "step" or now - self._shown_at >= wait:
-                self._shown_at = now
-                self._show()
+            self._print(str(event["text"]))
+        elif kind == "step" or (kind in ("phase", "validation") and now - self._shown_at >= QUIET_SECONDS):
+            self._shown_at = now
+            self._print(render_line(self.state))
 
-    def close(self) -> None:
-        """Leaves the last line standing on a terminal; harmless when repeated."""
-        if self._width:
-            self._show()
-            self._stream.write("\n")
-            self._stream.flush()
-            self._width = 0
-
-    def _show(self) -> None:
-        line = render_line(self.state)
-        if not self._live:
-            self._print_line(line)
-            return
-        line = line[: shutil.get_terminal_size().columns - 1]
-        self._stream.write("\r" + line.ljust(self._width))
+    def _print(self, text: str) -> None:
+        self._stream.write("".join(c if c.isprintable() else " " for c in text) + "\n")
         self._stream.flush()
-        self._width = len(line)
-
-    def _print_line(self, text: str) -> None:
-        """One whole line; on a terminal above the live one, which the next event redraws."""
-        printable = "".join(c if c.isprintable() else " " for c in text)
-        before = "\r" + " " * self._width + "\r" if self._width else ""
-        self._stream.write(before + printable + "\n")
-        self._stream.flush()
-        self._width = 0

@@ -70,9 +70,11 @@ def build_report(
     for kind, numbers in (("step", [s["step"] for s in steps]), ("validation", [v["step"] for v in validations])):
         if sorted(set(numbers)) != numbers:
             raise DataError(f"the {kind} records of metrics.jsonl must be of rising steps, each once; got {numbers}")
+    # Records that were adopted carry the id of the run that paid for them.
+    own = [r for r in metrics if r.get("run_id", run_id) == run_id]
     seconds = {"total": total_seconds, "setup": setup_seconds}
-    seconds |= {phase: sum(s["seconds"][phase] for s in steps) for phase in PHASES}
-    seconds["validation"] = sum(seconds_by_step.values())
+    seconds |= {phase: sum(r["seconds"][phase] for r in own if r.get("kind") == "step") for phase in PHASES}
+    seconds["validation"] = sum(r["seconds"] for r in own if r.get("kind") == "validation")
     named = sum(seconds.values()) - total_seconds + evaluation.get("seconds", 0.0)
     seconds["overhead"] = max(0.0, total_seconds - named)  # phases that overlap may add up to more than the total
     return {
@@ -98,6 +100,11 @@ def write_report(run_folder: RunFolder, report: Mapping[str, Any], samples: Sequ
     return run_folder.report_html
 
 
+def outcome(report: Mapping[str, Any]) -> str:
+    """The result in a word, by the interval of the win rate by reward: improved, unclear or worse."""
+    return {1: "improved", 0: "unclear", -1: "worse"}[_side(report["evaluation"]["win_rate_ci95"])]
+
+
 def verdict(report: Mapping[str, Any]) -> str:
     """The result in one or two sentences: what the reward says, and whether the judge confirms it."""
     e = report["evaluation"]
@@ -116,7 +123,7 @@ def verdict(report: Mapping[str, Any]) -> str:
     return f"{said} The independent judge {'agrees' if judge == reward else 'disagrees'} ({seen})."
 
 
-def summary(report: Mapping[str, Any], page: Path | None = None) -> str:
+def summary(report: Mapping[str, Any], page: str) -> str:
     """At most 12 lines for the terminal; `page` is where report.html lies."""
     e, seconds = report["evaluation"], report["seconds"]
     best = e["best_of_n"]
@@ -140,7 +147,7 @@ def summary(report: Mapping[str, Any], page: Path | None = None) -> str:
     parts = ", ".join(f"{name} {duration(value)}" for name, value in phases.items())
     lines.append(f"  time       {duration(seconds['total'])}: {parts}")
     lines.append(f"  checkpoint {report['checkpoint']['uri']}")
-    return "\n".join([*lines, f"  report     {page}"] if page else lines)
+    return "\n".join([*lines, f"  report     {page}"])
 
 
 def _step(record: Mapping[str, Any], validation_seconds: Mapping[int, float]) -> dict[str, Any]:

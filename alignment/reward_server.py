@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from alignment.atomic_files import disk_errors
 from alignment.errors import RewardServerError
 from infra.triton import log_tail
 from infra.triton_setup import EXIT_TIMEOUT_S, free_ports
@@ -58,8 +59,10 @@ def reward_server(
         yield RewardServer(url)
         return
     port = grpc_port or free_ports(1)[0]
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
+    with disk_errors(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        output = log.open("ab")
+    with output:
         process = subprocess.Popen(
             _command(repository, name, version, port, threads),
             env={**os.environ, "PYTHONPATH": _python_path()},

@@ -10,10 +10,13 @@ from typing import Any
 from alignment.config import Config
 from alignment.embedded import reward_model_folder
 from alignment.errors import ConfigError
+from alignment.launch import SOURCE_ROOT
 from alignment.preferences import read_pairs
 from alignment.preparation import cache_folder
 from alignment.types import JudgeRef, Message, PreferencePair, RewardModelRef
 from models.checkpoints import sha256_file
+
+SERVED_CODE = SOURCE_ROOT / "triton_repo" / "reward_model" / "1" / "model.py"
 
 Note = Callable[[str], None]
 
@@ -26,6 +29,7 @@ def prepare_reward_model(config: Config, on_note: Note) -> RewardModelRef:
     if reward.url:
         return _external(config)
     if reward.version:
+        on_note(f"reward model: version {reward.version} scores, with the template and lengths of its export")
         return read_version(config.reward_repository, reward.name, reward.version)
     data = PairTexts(*(_texts(config, source, limit) for source, limit in _sources(config)))
     recipe = recipe_digest(config, data)
@@ -56,18 +60,26 @@ class PairTexts:
 
 
 def recipe_digest(config: Config, data: PairTexts) -> str:
-    """sha256 of what makes a reward model: its settings, its base's weights and the texts it learns from."""
-    serving = {"name", "repository", "url", "version", "grpc_port", "timeout_s"}
+    """sha256 of what makes an export: settings, the base's files, the texts it learns from, the served code."""
+    serving = {"name", "repository", "url", "version", "grpc_port", "timeout_s", "patience_s"}
     values = config.reward.model_dump(mode="json", exclude=serving)
-    folder = Path(reward_model_folder(config.reward.model, cache_folder(config)))
-    weights = [sha256_file(path) for path in sorted(folder.glob("*.safetensors"))]
     recipe = [
         values,
         config.seed,
-        weights,
+        _base_files(reward_model_folder(config.reward.model, cache_folder(config))),
+        sha256_file(SERVED_CODE),
         *(asdict(texts) if texts else None for texts in (data.train, data.held_out)),
     ]
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+def _base_files(source: Path | str) -> dict[str, str]:
+    """Name and sha256 of each file of a model folder; of a hub's model, its revision."""
+    if not isinstance(source, Path):
+        from transformers import AutoConfig
+
+        return {source: str(AutoConfig.from_pretrained(source)._commit_hash)}
+    return {path.name: sha256_file(path) for path in sorted(source.iterdir()) if path.is_file()}
 
 
 def _train_and_export(config: Config, data: PairTexts, recipe: str, on_note: Note) -> RewardModelRef:
@@ -134,12 +146,12 @@ def prepare_judge(config: Config, folder: Path, on_note: Note) -> JudgeRef:
 
 def _external(config: Config) -> RewardModelRef:
     """A reference to the model behind `reward.url`, whose weights this run never sees."""
-    from alignment.scoring import RewardClient
+    from alignment.task import reward_client
 
     reward = config.reward
     if reward.url is None:
         raise ConfigError("reward.url is not set")
-    with RewardClient(reward.url, reward.name, reward.version, reward.timeout_s) as client:
+    with reward_client(config, reward.url, reward.version) as client:
         return RewardModelRef(reward.name, client.model_version, "", "", None)
 
 

@@ -3,9 +3,11 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from alignment.config import Config
+from alignment.errors import RewardError
+from alignment.lifeline import Stop, StopRequested
 from alignment.preparation import PromptSets
 from alignment.prompts import read_order
 from alignment.rollouts import generate, in_prompt_order
@@ -20,22 +22,34 @@ Emit = Callable[[Mapping[str, Any]], None]
 
 StoredScores = dict[tuple[str, int, str], float]
 
+T = TypeVar("T")
+
+
+class Interrupted(Exception):
+    """A rank was asked to stop, or kept from scoring, while no weights were being changed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What a colocated worker holds besides the trainer: prompts, the scorers, and where its events go."""
+    """What a colocated worker holds besides the trainer: prompts, scorers, where events go and whether to stop."""
 
     trainer: Trainer
     prompts: PromptSets
     client: RewardClient
     judge: Judge
     emit: Emit
+    stop: Stop
 
 
 def rs_step(session: Session, step: int) -> None:
-    """RS step `step` (from 1): writes its rollouts and metrics, and leaves the policy updated."""
+    """RS step `step` (from 1): writes its rollouts and metrics, and leaves the policy updated.
+
+    Raises Interrupted on all ranks, before the update, where one of them has to stop.
+    """
     trainer = session.trainer
-    scored, seconds = _scored_rollouts(session, step_prompts(trainer.config, session.prompts.train, step), step)
+    prompts = step_prompts(trainer.config, session.prompts.train, step)
+    mine, seconds = _agreed(session, lambda: _scored_share(session, prompts, step))
+    scored = in_prompt_order(trainer.gather(mine), prompts)
     decisions = decide(trainer.config, scored)
     if trainer.is_writer:  # before the update, so that a replay finds the scores
         trainer.run.write_rollouts(step, scored, decisions)
@@ -78,13 +92,30 @@ def training_sampling(config: Config) -> Sampling:
     return Sampling(rollouts.max_new_tokens, rollouts.temperature, rollouts.top_k, rollouts.top_p)
 
 
-def _scored_rollouts(
+def _agreed(session: Session, work: Callable[[], T]) -> T:
+    """The result of `work` on this rank. Raises Interrupted on all ranks where one has to stop.
+
+    Ranks meet in collectives, so none may leave alone.
+    """
+    failure: Exception | None = None
+    try:
+        result = work()
+    except (RewardError, StopRequested) as error:
+        failure = error
+    reason = session.stop.reason
+    if session.trainer.any(failure is not None or bool(reason)):
+        raise Interrupted(reason or "another worker had to stop") from failure
+    return result
+
+
+def _scored_share(
     session: Session, prompts: Sequence[Prompt], step: int
 ) -> tuple[list[ScoredRollout], dict[str, float]]:
-    """All ranks' scored rollouts in prompt order. Scoring runs while the next batch generates; its seconds are
-    those that were spent waiting after the last batch."""
+    """This rank's scored rollouts. Scoring runs while the next batch generates; its seconds are those that were
+    spent waiting after the last batch."""
     trainer, stored = session.trainer, _stored_scores(session, step)
     config = trainer.config
+    session.stop.check()
     begun = time.monotonic()
     pending, done, tokens = [], 0, 0
     mine = trainer.share(prompts)
@@ -96,6 +127,7 @@ def _scored_rollouts(
         batch_rows=config.rollouts.batch_rows,
         stream=f"{config.seed}/step-{step}",
     ):
+        session.stop.check()
         pending.append(_score(session, batch, stored))
         done, tokens = done + len(batch), tokens + sum(r.num_tokens for r in batch)
         total = len(mine) * config.rollouts.num_rollouts_per_prompt
@@ -103,9 +135,8 @@ def _scored_rollouts(
             {"kind": "phase", "step": step, "phase": "rollouts", "done": done, "total": total, "tokens": tokens}
         )
     generated = time.monotonic()
-    scored = trainer.gather([r for collect in pending for r in collect()])
-    seconds = {"rollouts": generated - begun, "scoring": time.monotonic() - generated}
-    return in_prompt_order(scored, prompts), seconds
+    scored = [r for collect in pending for r in collect()]
+    return scored, {"rollouts": generated - begun, "scoring": time.monotonic() - generated}
 
 
 def _score(session: Session, batch: Sequence[Rollout], stored: StoredScores) -> Any:
@@ -175,23 +206,32 @@ def step_record(
 
 
 def validate(session: Session, step: int) -> dict[str, Any]:
-    """One response to each validation prompt, scored by reward model and judge; the same numbers at every step."""
+    """One response to each validation prompt, scored by reward model and judge; the same numbers at every step.
+
+    Raises Interrupted on all ranks where one of them has to stop.
+    """
     begun = time.monotonic()
-    trainer, config, prompts = session.trainer, session.trainer.config, session.prompts.validation
+    trainer, prompts = session.trainer, session.prompts.validation
     session.emit({"kind": "phase", "step": step, "phase": "validation", "done": 0, "total": len(prompts)})
-    pending = [
-        score_in_background(session.client, batch)
-        for batch in generate(
-            trainer.policy,
-            trainer.share(prompts),
-            samples_per_prompt=1,
-            sampling=training_sampling(config),
-            batch_rows=config.rollouts.batch_rows,
-            stream=f"{config.seed}/validation",
-        )
-    ]
-    scored = in_prompt_order(trainer.gather([r for future in pending for r in future.result()]), prompts)
+    mine = _agreed(session, lambda: _validation_share(session))
+    scored = in_prompt_order(trainer.gather(mine), prompts)
     return validation_record(step, scored, session.judge, time.monotonic() - begun)
+
+
+def _validation_share(session: Session) -> list[ScoredRollout]:
+    config = session.trainer.config
+    pending = []
+    for batch in generate(
+        session.trainer.policy,
+        session.trainer.share(session.prompts.validation),
+        samples_per_prompt=1,
+        sampling=training_sampling(config),
+        batch_rows=config.rollouts.batch_rows,
+        stream=f"{config.seed}/validation",
+    ):
+        session.stop.check()
+        pending.append(score_in_background(session.client, batch))
+    return [r for future in pending for r in future.result()]
 
 
 def validation_record(step: int, scored: Sequence[ScoredRollout], judge: Judge, seconds: float) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,21 @@ class RunFolder:
     def metrics(self) -> Path:
         """One JSON record per line; its "kind" is "step", "validation" or "task"."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def prompts(self) -> Path:
+        """Folder of the prompt sets, one .jsonl each."""
+        return self.path / "prompts"
+
+    @property
+    def scorers(self) -> Path:
+        """References to the run's reward model and judge, JSON."""
+        return self.path / "scorers.json"
+
+    @property
+    def lineage(self) -> Path:
+        """Folder of the manifests of all checkpoints that the run has had."""
+        return self.path / "lineage"
 
     @property
     def rollouts(self) -> Path:
@@ -128,36 +144,37 @@ class RunFolder:
         lines = data[: _end_of_records(data)].splitlines()
         return [_parse_record(self.metrics, number, line) for number, line in enumerate(lines, start=1)]
 
-    def truncate_metrics(self, after_step: int) -> None:
-        """Forgets the "step" and "validation" records beyond RS step `after_step`, and an unfinished last line.
+    def truncate_metrics(self, after_step: int, *, validated: bool) -> None:
+        """Forgets "step" and "validation" records beyond RS step `after_step`, and an unfinished last line.
 
-        A run that resumes from the checkpoint of `after_step` calls this before it appends.
+        A run that resumes from the checkpoint of `after_step` calls this before it appends; where that
+        checkpoint is not `validated`, its own validation is forgotten too.
         """
+        last = {"step": after_step, "validation": after_step if validated else after_step - 1}
         with disk_errors(self.metrics), _locked_metrics(self):
-            kept = [
-                r for r in self.read_metrics() if r.get("kind") not in ("step", "validation") or r["step"] <= after_step
-            ]
+            kept = [r for r in self.read_metrics() if r.get("kind") not in last or r["step"] <= last[r["kind"]]]
             text = "".join(json_text(r) + "\n" for r in kept)
             write_atomically(self.metrics, lambda file: file.write(text.encode()))
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, wait_s: float = 0.0) -> Iterator[None]:
         """Holds the run for this process; it is free again when the process ends, however it ends.
 
-        Raises AlignmentError, naming the process, where another one holds it.
+        Raises AlignmentError, naming the process, where another one still holds it after `wait_s` seconds.
         """
         path = self.path / ".lock"
         with disk_errors(path):
             file = open(path, "a+")  # noqa: SIM115 closed below, after the body
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise AlignmentError(
-                    f"the run {self.path} is being written by {file.read().strip() or 'another process'}: "
-                    "wait until it ends, or stop it, before you resume this run"
-                ) from None
+            until = time.monotonic() + wait_s
+            while not _try_lock(file):
+                if time.monotonic() >= until:
+                    file.seek(0)
+                    raise AlignmentError(
+                        f"the run {self.path} is being written by {file.read().strip() or 'another process'}: "
+                        "wait until it ends, or stop it, before you resume this run"
+                    )
+                time.sleep(0.2)
             with disk_errors(path):
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -188,6 +205,29 @@ def create(root: str | Path, run_id: str, config_json: str) -> RunFolder:
         waiting.symlink_to(run_id)
         waiting.replace(latest)
     return folder
+
+
+def first_id(root: str | Path, run_id: str, resumed_id: str | None) -> str:
+    """The id that names the folder of a run: its own, or that of the run whose failed first step it does again.
+
+    A resume of a resume finds the name through a link that is left under each resume's id.
+    """
+    if resumed_id is None or not (Path(root) / resumed_id).is_dir():
+        return run_id
+    name = (Path(root) / resumed_id).resolve().name
+    link = Path(root) / run_id
+    with disk_errors(link):
+        if not link.is_symlink():  # else this task is tried again
+            link.symlink_to(name)
+    return name
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _rollout_table(step: int, scored: Sequence[ScoredRollout], decisions: Sequence[Decision]) -> Any:

@@ -7,6 +7,7 @@ and is an error otherwise; it never becomes a number.
 `tritonclient` is imported when a client is made, so that importing this module stays light.
 """
 
+import itertools
 import json
 import math
 import re
@@ -23,8 +24,8 @@ from alignment.types import Conversation, Message, Rollout, ScoredRollout, with_
 TEXTS_PER_REQUEST = 8
 REQUESTS_IN_FLIGHT = 8
 FIRST_CONTACT_S = 10.0
-# Waits between attempts, in seconds: a minute in all, enough for a local server to be started anew.
-BACKOFF_S = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 10.0, 10.0, 10.0, 10.0)
+# Waits between attempts, in seconds: doubled from the first to the longest.
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 10.0
 DEADLINE_ATTEMPTS = 3
 CANARY: list[Message] = [{"role": "user", "content": "canary"}, {"role": "assistant", "content": "canary"}]
 # A channel that waits two minutes before it reconnects would outlast every retry.
@@ -40,8 +41,9 @@ class RewardClient:
     """One gRPC channel to a reward model. Use it as a context manager, one per process, from any thread.
 
     `url` is host:port of Triton's gRPC. An empty `model_version` takes the newest version that answers first
-    and stays with it. `timeout_s` is the deadline of one attempt in seconds. `check`, if given, raises where
-    the server is known to be dead, so that nobody waits for it.
+    and stays with it. `timeout_s` is the deadline of one attempt in seconds, `patience_s` how long a server may
+    be gone or overloaded before scoring gives up. `check`, if given, is asked between attempts and raises where
+    nobody should wait any longer: a server known to be dead, a caller that was asked to stop.
     """
 
     def __init__(
@@ -51,11 +53,12 @@ class RewardClient:
         model_version: str = "",
         timeout_s: float = 60.0,
         *,
+        patience_s: float = 60.0,
         check: Callable[[], None] | None = None,
     ) -> None:
         import tritonclient.grpc as triton
 
-        self.url, self.model_name, self.timeout_s = url, model_name, timeout_s
+        self.url, self.model_name, self.timeout_s, self.patience_s = url, model_name, timeout_s, patience_s
         self._version, self._check = model_version, check
         self._ready, self._closing = False, threading.Event()
         self._triton = triton
@@ -149,25 +152,27 @@ class RewardClient:
 
     def _score(self, texts: list[str], offset: int) -> list[float]:
         """One request with its retries; `offset` is the index of its first conversation."""
-        for attempt in range(len(BACKOFF_S) + 1):
+        wait, gone_since, late = FIRST_WAIT_S, 0.0, 0
+        for attempt in itertools.count(1):
             try:
                 rewards, _ = self._infer(texts, self.timeout_s)
                 return self._checked(rewards, len(texts), offset)
             except self._triton.InferenceServerException as error:
-                status, text = _status(error), _text(error)
+                status, text, now = _status(error), _text(error), time.monotonic()
                 if not _curable(status, text):
                     raise self._refusal(status, text, offset, len(texts)) from error
-                out_of_time = status == "DEADLINE_EXCEEDED" and attempt + 1 == DEADLINE_ATTEMPTS
-                if attempt == len(BACKOFF_S) or out_of_time:
+                gone_since, late = gone_since or now, late + (status == "DEADLINE_EXCEEDED")
+                if now - gone_since + wait > self.patience_s or late == DEADLINE_ATTEMPTS:
                     raise RewardServerError(
-                        f"{self._who()} failed {attempt + 1} times, at last with {status}: {text}"
-                        f"{_remedy(status, text, self.timeout_s)}"
+                        f"{self._who()} failed {attempt} times in {now - gone_since:.0f} s, at last with "
+                        f"{status}: {text}{_remedy(status, text, self.timeout_s)}"
                     ) from error
             if self._check is not None:
                 self._check()
-            if self._closing.wait(BACKOFF_S[attempt]):
+            if self._closing.wait(wait):
                 raise RewardServerError(f"{self._who()}: the client was closed before an answer came")
-        raise AssertionError("the last attempt returns or raises")
+            wait = min(2 * wait, LONGEST_WAIT_S)
+        raise AssertionError("an attempt returns or raises in the end")
 
     def _infer(self, texts: list[str], timeout_s: float) -> tuple[list[float], str]:
         """Rewards and the version that gave them. Raises tritonclient's exception."""

@@ -10,19 +10,27 @@ from typing import Any
 
 from alignment.atomic_files import write_json
 from alignment.config import Config
-from alignment.run_folder import RunFolder, create
+from alignment.run_folder import RunFolder, create, first_id
 from alignment.task import claim_devices, timed_task
 from alignment.types import JudgeRef, RewardModelRef
 
 
-def begin(config: Config, run_id: str) -> tuple[str, dict[str, int]]:
-    """Lay out the run folder and split the prompts; returns its path and the sizes of the prompt sets."""
+def begin(config: Config, run_id: str, resumed_id: str | None = None) -> tuple[str, dict[str, int]]:
+    """Lay out the run folder and split the prompts, or take over those of `resume.from`; says what disk it will need.
+
+    A run that failed here and is resumed (`resumed_id`) keeps its folder, so the first id names it for good.
+    Returns the run's path and the sizes of the prompt sets.
+    """
+    from alignment.continuation import adopt
+    from alignment.disk import disk_needs
+    from alignment.inputs import check_inputs
     from alignment.preparation import prepare
 
-    claim_devices(config)
-    run = create(config.run.root, run_id, config.model_dump_json(indent=2))
+    run = create(config.run.root, first_id(config.run.root, run_id, resumed_id), config.model_dump_json(indent=2))
     with timed_task(run, "start"):
-        counts = prepare(config, run.path, print)
+        check_inputs(config)
+        counts = adopt(config, run) if config.resume.from_ else prepare(config, run.path, print)
+    print(disk_needs(config, run, config.total_steps(counts["train"])))
     return str(run.path), counts
 
 
@@ -35,24 +43,26 @@ def prepare_scorers(config: Config, run_path: str) -> tuple[dict[str, Any], dict
 
     claim_devices(config)
     run = RunFolder(Path(run_path))
-    known = run.path / "scorers.json"
-    if not known.exists():
+    if not run.scorers.exists():
         with timed_task(run, "reward_model"):
             reward = prepare_reward_model(config, print)
             judge = prepare_judge(config, run.path / "judge", print)
-        write_json(known, {"reward_model": asdict(reward), "judge": asdict(judge)})
-    scorers = json.loads(known.read_text())
+        write_json(run.scorers, {"reward_model": asdict(reward), "judge": asdict(judge)})
+    scorers = json.loads(run.scorers.read_text())
     return scorers["reward_model"], scorers["judge"]
 
 
 def run_iteration(
-    config: Config, run_path: str, reward: dict[str, Any], judge: dict[str, Any], iteration: int
-) -> dict[str, Any]:
-    """RS steps of iteration `iteration` (from 1); returns a reference to its last checkpoint."""
+    config: Config, run_path: str, reward: dict[str, Any], judge: dict[str, Any]
+) -> tuple[dict[str, Any], bool]:
+    """The next iteration of RS steps; returns a reference to its last checkpoint and whether steps are left."""
     from alignment.colocated import iterate
+    from alignment.preparation import load_prompt_sets
 
     run = RunFolder(Path(run_path))
-    return asdict(iterate(config, run, RewardModelRef(**reward), JudgeRef(**judge), iteration))
+    checkpoint = iterate(config, run, RewardModelRef(**reward), JudgeRef(**judge))
+    total = config.total_steps(len(load_prompt_sets(run.path).train))
+    return asdict(checkpoint), checkpoint.step < total
 
 
 def run_evaluation(

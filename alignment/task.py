@@ -2,9 +2,10 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from alignment.config import Config
 from alignment.errors import ConfigError
@@ -13,23 +14,25 @@ from alignment.run_folder import RunFolder
 from alignment.tracking import Tracker, tracked
 from alignment.types import RewardModelRef
 
+if TYPE_CHECKING:
+    from alignment.scoring import RewardClient
+
 START_S = 300.0
 """How long a local reward server may take to load its model."""
 
 
 def claim_devices(config: Config) -> None:
     """Settle what this process and its children compute on. Raises ConfigError where the node has too few GPUs."""
+    if config.resources.gpu:
+        import torch
+
+        if config.resources.gpu > torch.cuda.device_count():
+            raise ConfigError(
+                f"resources.gpu ({config.resources.gpu}) is more than the {torch.cuda.device_count()} GPUs that torch "
+                "sees here: run on a larger node, or set resources.gpu=0 for the CPU"
+            )
     # DeepSpeed, which transformers imports, would otherwise look for an accelerator and warn that it found none.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if config.resources.gpu else "cpu")
-    if config.resources.gpu == 0:
-        return
-    import torch
-
-    if config.resources.gpu > torch.cuda.device_count():
-        raise ConfigError(
-            f"resources.gpu ({config.resources.gpu}) is more than the {torch.cuda.device_count()} GPUs that torch "
-            "sees here: run on a larger node, or set resources.gpu=0 for the CPU"
-        )
 
 
 def served(config: Config, run: RunFolder, reward: RewardModelRef) -> AbstractContextManager[RewardServer]:
@@ -43,6 +46,14 @@ def served(config: Config, run: RunFolder, reward: RewardModelRef) -> AbstractCo
         log=run.path / "logs" / "triton.log",
         threads=config.resources.threads,
     )
+
+
+def reward_client(config: Config, url: str, version: str, *, check: Callable[[], None] | None = None) -> "RewardClient":
+    """A client of the server at `url` that scores with `version`; `check` as in `RewardClient`."""
+    from alignment.scoring import RewardClient
+
+    reward = config.reward
+    return RewardClient(url, reward.name, version, reward.timeout_s, patience_s=reward.patience_s, check=check)
 
 
 def tracker(config: Config, run: RunFolder) -> AbstractContextManager[Tracker]:

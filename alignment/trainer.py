@@ -1,6 +1,5 @@
 """The policy under training on all ranks: loaded from the last checkpoint, saved to the next."""
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -8,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
+from alignment.atomic_files import disk_errors
 from alignment.config import Config
+from alignment.continuation import check_same_task
 from alignment.embedded import policy_folder
 from alignment.engine import Ranks, build_engine, learning_rate, optimizer_tensors, restore_optimizer
-from alignment.errors import CheckpointError, DiskError
-from alignment.preparation import cache_folder
+from alignment.preparation import cache_folder, load_prompt_sets
+from alignment.provenance import describe_base, keep_manifests, provenance
 from alignment.run_folder import RunFolder
 from alignment.types import Checkpoint, Rollout, StepUpdate
 from alignment.update import update as run_update
@@ -23,6 +23,7 @@ from models.checkpoints import (
     prune,
     read_manifest,
     read_optimizer_state,
+    removed_if_failed,
     seal,
     staging_folder,
     write_optimizer_state,
@@ -35,7 +36,10 @@ from models.quiet import quiet_transformers
 class Trainer:
     """One rank's hold on the policy; only the weights and moments inside `policy` and `engine` change.
 
-    `start` is the number of RS steps that the loaded checkpoint has behind it.
+    `start` is the number of RS steps that the loaded checkpoint has behind it, `validated` whether it was
+    validated after them, `total_steps` the RS steps of the whole run. `lost_moments` says why AdamW's moments
+    start anew although the weights go on; "" where they go on too. `base` describes
+    the policy before step 1, where the trainer starts there.
     """
 
     config: Config
@@ -44,6 +48,10 @@ class Trainer:
     policy: Policy
     engine: Any
     start: int
+    validated: bool
+    total_steps: int
+    lost_moments: str
+    base: Mapping[str, Any]
 
     @property
     def is_writer(self) -> bool:
@@ -62,6 +70,14 @@ class Trainer:
         """This rank's part of a list."""
         return items[self.ranks.rank :: self.ranks.world_size]
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        if self.ranks.world_size == 1:
+            return flag
+        flags = torch.tensor(int(flag), device=self.engine.device)
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        return bool(flags)
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.ranks.world_size > 1:
@@ -71,23 +87,47 @@ class Trainer:
 def load_trainer(config: Config, run: RunFolder, ranks: Ranks) -> Trainer:
     """Policy, moments and progress as the last checkpoint left them, or new from the base.
 
-    Raises CheckpointError for a damaged checkpoint, or one written by another number of workers.
+    With another number of workers than the checkpoint's, only the weights go on. Raises CheckpointError for a
+    checkpoint that is damaged or of another run.
     """
     checkpoint = last_checkpoint(run.checkpoints)
+    manifest: dict[str, Any] = {"step": 0, "validation": None}
+    if checkpoint:
+        manifest = read_manifest(Path(checkpoint.uri))
+        check_same_task(config, Path(checkpoint.uri))
     source = checkpoint.uri if checkpoint else policy_folder(config.policy.model, cache_folder(config))
     device = "cuda" if config.resources.gpu else "cpu"
     policy = load_policy(source, prompt_format=config.policy.prompt_format, device=device)
     engine = build_engine(policy.model, config.training, world_size=ranks.world_size)
-    if checkpoint:
-        written_by = int(read_manifest(Path(checkpoint.uri))["ranks"])
-        if written_by != ranks.world_size:
-            raise CheckpointError(
-                f"{checkpoint.uri} was written by {written_by} workers and this run has {ranks.world_size}: "
-                "resume with the same resources.gpu and resources.cpu_workers"
-            )
+    lost_moments = _lost_moments(manifest, config, ranks)
+    if checkpoint and not lost_moments:
         restore_optimizer(engine, read_optimizer_state(Path(checkpoint.uri), ranks.rank))
     engine.eval()
-    return Trainer(config, run, ranks, policy, engine, checkpoint.step if checkpoint else 0)
+    return Trainer(
+        config=config,
+        run=run,
+        ranks=ranks,
+        policy=policy,
+        engine=engine,
+        start=manifest["step"],
+        validated=manifest["validation"] is not None,
+        total_steps=config.total_steps(len(load_prompt_sets(run.path).train)),
+        lost_moments=lost_moments,
+        base={} if checkpoint else describe_base(config.policy.model, source, policy.model.config),
+    )
+
+
+def _lost_moments(manifest: Mapping[str, Any], config: Config, ranks: Ranks) -> str:
+    """Why a checkpoint's optimizer state cannot go on here; "" where it can. It is cut by ranks and ZeRO stage."""
+    if not manifest["step"]:
+        return ""
+    written, here = (manifest["ranks"], manifest["zero_stage"]), (ranks.world_size, config.training.zero_stage)
+    if written == here:
+        return ""
+    return (
+        f"the checkpoint was written by {written[0]} workers under ZeRO {written[1]} and this run has {here[0]} under "
+        f"ZeRO {here[1]}: the weights go on, AdamW's moments start anew"
+    )
 
 
 def train_step(trainer: Trainer, selected: Sequence[Rollout], step: int) -> StepUpdate:
@@ -98,7 +138,7 @@ def train_step(trainer: Trainer, selected: Sequence[Rollout], step: int) -> Step
         selected,
         training,
         trainer.ranks,
-        lr=learning_rate(step, training, max_steps=trainer.config.loop.max_steps),
+        lr=learning_rate(step, training, max_steps=trainer.total_steps),
         pad_id=trainer.policy.eos_ids[0],
         stream=f"{trainer.config.seed}/step-{step}",
     )
@@ -111,39 +151,38 @@ def save_checkpoint(
 
     `validation` and `update` go into the manifest. Raises DiskError.
     """
-    run = trainer.run
+    run, training, loop = trainer.run, trainer.config.training, trainer.config.loop
     staging = staging_folder(run.checkpoints, step)
-    if trainer.is_writer:
-        _write_policy(trainer.policy, staging)
-    trainer.barrier()
-    write_optimizer_state(staging, trainer.ranks.rank, optimizer_tensors(trainer.engine))
-    trainer.barrier()
-    checkpoint = None
-    if trainer.is_writer:
-        checkpoint = seal(
-            run.checkpoints,
-            step,
-            ranks=trainer.ranks.world_size,
-            config=json.loads(trainer.config.model_dump_json()),
-            details={
-                "validation": dict(validation) if validation else None,
-                "update": asdict(update) if update else None,
-            },
-        )
-        prune(run.checkpoints, keep_last=trainer.config.loop.keep_last)
+    with removed_if_failed(staging):
+        if trainer.is_writer:
+            _write_policy(trainer.policy, staging)
+        trainer.barrier()
+        write_optimizer_state(staging, trainer.ranks.rank, optimizer_tensors(trainer.engine))
+        trainer.barrier()
+        checkpoint = None
+        if trainer.is_writer:
+            checkpoint = seal(
+                run.checkpoints,
+                step,
+                ranks=trainer.ranks.world_size,
+                config=trainer.config.model_dump(mode="json"),
+                details={
+                    "zero_stage": training.zero_stage,
+                    "validation": dict(validation) if validation else None,
+                    "update": asdict(update) if update else None,
+                    **provenance(run, trainer.config, step, trainer.base),
+                },
+            )
+            keep_manifests(run)
+            prune(run.checkpoints, keep_last=loop.keep_last, keep_best=loop.keep_best)
     trainer.barrier()
     return checkpoint
 
 
 def _write_policy(policy: Policy, staging: Path) -> None:
     """A new staging folder with the policy as transformers reads it. Raises DiskError."""
-    try:
+    with disk_errors(staging), quiet_transformers():
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        with quiet_transformers():
-            policy.model.save_pretrained(staging)
+        policy.model.save_pretrained(staging)
         policy.reader.tokenizer.save_pretrained(staging)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-        raise DiskError(
-            f"cannot write {staging}: {error}. Free space and resume: the last checkpoint is intact"
-        ) from error

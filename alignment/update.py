@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from alignment.config import TrainingSection
+from alignment.config_sections import TrainingSection
 from alignment.engine import Ranks, gradient_accumulation_steps
 from alignment.errors import TrainingError
 from alignment.types import Rollout, StepUpdate

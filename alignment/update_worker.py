@@ -10,6 +10,7 @@ from pathlib import Path
 
 from alignment.config import parse_config
 from alignment.errors import CheckpointError
+from alignment.lifeline import end_with_stdin
 from alignment.run_folder import RunFolder
 from alignment.types import Rollout, StepUpdate
 from alignment.worker import emit, reported_errors, sole_writer
@@ -19,6 +20,7 @@ def main() -> None:
     """Train on the selected rollouts of one step, save its checkpoint, report the update; once, however often run."""
     options = _options()
     run = RunFolder(Path(options.folder))
+    end_with_stdin()
     with reported_errors(), sole_writer(run):
         from alignment.engine import start_ranks
         from alignment.trainer import load_trainer, save_checkpoint, train_step

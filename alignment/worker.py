@@ -2,7 +2,8 @@
 
 It loads the policy once, then generates, scores, selects and updates in place until the iteration ends.
 Rank 0 writes the run's files and reports progress as JSON lines on standard output. It never imports
-Metaflow, and ends with the step that started it (see `alignment.lifeline`).
+Metaflow. When its owner ends, or it is asked to stop, it saves what the last finished RS step left and ends
+(see `alignment.lifeline`).
 
     python -m torch.distributed.run --nproc-per-node N -m alignment.worker --folder DIR --until STEP --url HOST:PORT …
 """
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignment.config import Config, parse_config
 from alignment.errors import AlignmentError
-from alignment.lifeline import end_with_stdin
+from alignment.lifeline import Stop, StopRequested
 from alignment.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -26,17 +27,21 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Run RS steps up to `--until`, from wherever the last checkpoint stands."""
+    """Run RS steps up to `--until`, from wherever the last checkpoint stands, or until asked to stop."""
     options = _options()
     run = RunFolder(Path(options.folder))
-    with reported_errors(), sole_writer(run):
-        work(parse_config(run.config.read_text()), run, options)
+    with reported_errors():
+        config = parse_config(run.config.read_text())
+        stop = Stop(grace_s=config.loop.stop_grace_s, ends_at=options.ends_at)
+        stop.listen()
+        # Workers that lost their owner may still be saving their last checkpoint.
+        with sole_writer(run, wait_s=config.loop.stop_grace_s):
+            work(config, run, options, stop)
 
 
 @contextlib.contextmanager
 def reported_errors() -> Iterator[None]:
-    """Ends with the owner; an AlignmentError goes to it as an event, and ends this process at once."""
-    end_with_stdin()
+    """An AlignmentError goes to the owner as an event, and ends this process at once."""
     try:
         yield
     except AlignmentError as error:
@@ -44,66 +49,93 @@ def reported_errors() -> Iterator[None]:
         os._exit(1)  # not sys.exit: peers may hang in a collective, and torch would wait for them
 
 
-def sole_writer(run: RunFolder) -> contextlib.AbstractContextManager[None]:
+def sole_writer(run: RunFolder, *, wait_s: float = 0.0) -> contextlib.AbstractContextManager[None]:
     """Rank 0 holds the run's lock, so that no two sets of workers ever write one run."""
-    return run.lock() if int(os.environ.get("RANK", "0")) == 0 else contextlib.nullcontext()
+    return run.lock(wait_s=wait_s) if int(os.environ.get("RANK", "0")) == 0 else contextlib.nullcontext()
 
 
-def work(config: Config, run: RunFolder, options: argparse.Namespace) -> None:
+def work(config: Config, run: RunFolder, options: argparse.Namespace, stop: Stop) -> None:
     """Build the session and run the iteration."""
     from alignment.engine import start_ranks
     from alignment.preparation import load_prompt_sets
     from alignment.rs_step import Session
-    from alignment.scoring import RewardClient
-    from alignment.task import ready_timeout_s
+    from alignment.task import ready_timeout_s, reward_client
     from alignment.trainer import load_trainer
     from models.judge import load_judge
 
     ranks = start_ranks(threads=config.resources.threads, gpu=config.resources.gpu > 0)
     trainer = load_trainer(config, run, ranks)
     judge = load_judge(Path(options.judge))
-    with RewardClient(options.url, config.reward.name, options.version, config.reward.timeout_s) as client:
-        client.wait_ready(ready_timeout_s(config))
-        report = emit if trainer.is_writer else _silent
-        run_iteration(Session(trainer, load_prompt_sets(run.path), client, judge, report), options.until)
+    report = emit if trainer.is_writer else _silent
+    with reward_client(config, options.url, options.version, check=stop.check) as client:
+        try:
+            client.wait_ready(ready_timeout_s(config))
+        except StopRequested as request:
+            report({"kind": "stopped", "step": trainer.start, "reason": str(request)})
+            return
+        run_iteration(Session(trainer, load_prompt_sets(run.path), client, judge, report, stop), options.until)
 
 
 def run_iteration(session: "Session", until: int) -> None:
-    """RS steps start + 1 … until with their validations and checkpoints; before the first, a validation of the base."""
-    from alignment.rs_step import rs_step, validate
+    """RS steps start + 1 … until with their validations and checkpoints.
+
+    Asked to stop, or without a reward server, it saves what the last finished step left before it ends.
+    """
+    from alignment.rs_step import Interrupted, rs_step, validate
     from alignment.trainer import save_checkpoint
 
-    trainer, loop = session.trainer, session.trainer.config.loop
+    trainer, config = session.trainer, session.trainer.config
+    _go_on(session)
+    trained = saved = trainer.start
+    try:
+        if config.validates(trained, trainer.total_steps) and not trainer.validated:
+            owed = _record(session, validate(session, trained))
+            if trained:  # it was interrupted before it could be validated; the base has no checkpoint
+                save_checkpoint(trainer, trained, validation=owed)
+        for step in range(trained + 1, until + 1):
+            rs_step(session, step)
+            trained = step
+            due = config.validates(step, trainer.total_steps)
+            validation = _record(session, validate(session, step)) if due else None
+            if step % config.loop.save_interval == 0 or step == until:
+                save_checkpoint(trainer, step, validation=validation)
+                saved = step
+    except Interrupted as interrupted:
+        if trained > saved:
+            save_checkpoint(trainer, trained)
+        if isinstance(interrupted.__cause__, AlignmentError):
+            raise interrupted.__cause__ from None
+        session.emit({"kind": "stopped", "step": trained, "reason": str(interrupted)})
+
+
+def _go_on(session: "Session") -> None:
+    """Forget what was recorded after the checkpoint, and say where the run goes on."""
+    trainer = session.trainer
     if trainer.is_writer:
-        trainer.run.truncate_metrics(trainer.start or -1)  # step 0 is validated again
-    if trainer.start == 0:
-        _record(session, validate(session, 0))
-    else:
+        trainer.run.truncate_metrics(trainer.start, validated=trainer.validated)
+    if trainer.start:
         session.emit({"kind": "note", "text": f"continuing after RS step {trainer.start}"})
-    for step in range(trainer.start + 1, until + 1):
-        rs_step(session, step)
-        validation = None
-        if step % loop.val_check_interval == 0 or step == loop.max_steps:
-            validation = validate(session, step)
-            _record(session, validation)
-        if step % loop.save_interval == 0 or step == until:
-            save_checkpoint(trainer, step, validation=validation)
+    if trainer.lost_moments:
+        session.emit({"kind": "note", "text": trainer.lost_moments})
 
 
 def emit(event: Mapping[str, Any]) -> None:
-    """One event as a JSON line for the process that started the workers."""
-    sys.stdout.write(json.dumps(event) + "\n")
-    sys.stdout.flush()
+    """One event as a JSON line for the process that started the workers, as long as it listens."""
+    with contextlib.suppress(BrokenPipeError):  # the owner has ended: the lifeline sees to that
+        sys.stdout.write(json.dumps(event) + "\n")
+        sys.stdout.flush()
 
 
 def _silent(event: Mapping[str, Any]) -> None:
     del event
 
 
-def _record(session: "Session", record: dict[str, Any]) -> None:
+def _record(session: "Session", record: dict[str, Any]) -> dict[str, Any]:
+    """Writes a record down and reports it; returns it."""
     if session.trainer.is_writer:
         session.trainer.run.append_metrics(record)
         session.emit(record)
+    return record
 
 
 def _options() -> argparse.Namespace:
@@ -113,6 +145,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--url", required=True, help="host:port of the reward server's gRPC")
     parser.add_argument("--version", required=True, help="version of the reward model")
     parser.add_argument("--judge", required=True, help="folder of the judge")
+    parser.add_argument("--ends-at", type=float, help="Unix time at which to stop with a checkpoint")
     return parser.parse_args()
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.random_control [--config FILE] [--set section.field=value …]
 
-Runs the flow twice: once as configured, once with `selection.strategy=random_per_prompt`, the same prompts,
+Runs the flow twice: once as configured, once with the random strategy of the same kind, the same prompts,
 rollout budget and number of updates. Both are evaluated on the same prompts by the same reward model and
 judge; the claim is the paired difference. Exits with 1 where its interval does not lie above 0.
 """
@@ -11,6 +11,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,12 @@ def main() -> int:
     parser.add_argument("--config", default=str(ROOT / "configs" / "imdb_sentiment.yaml"), help="preset: a YAML file")
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="section.field=value")
     options = parser.parse_args()
+    strategy = load_config(options.config, options.overrides).selection.strategy
+    control = f"selection.strategy={strategy.replace('top', 'random')}"
+    load_config(options.config, [*options.overrides, control])  # refused now rather than after the first run
     runs = {
         name: _run(options.config, [*options.overrides, *extra])
-        for name, extra in {"selected": [], "random": ["selection.strategy=random_per_prompt"]}.items()
+        for name, extra in {"selected": [], "random": [control]}.items()
     }
     rows = {name: json.loads((run / "evaluation.json").read_text()) for name, run in runs.items()}
     result: dict[str, Any] = {"runs": {name: str(run) for name, run in runs.items()}}
@@ -66,10 +70,12 @@ def _line(label: str, r: dict[str, Any]) -> str:
 
 def _run(preset: str, overrides: list[str]) -> Path:
     sets = [word for override in overrides for word in ("--set", override)]
-    command = [sys.executable, str(ROOT / "flows" / "rs_flow.py"), "--config", "config", preset, *sets, "run"]
-    if subprocess.run(command).returncode:
-        raise SystemExit("the run failed, its message is above; nothing was compared")
-    return (Path(load_config(preset, overrides).run.root) / "latest").resolve()
+    with tempfile.TemporaryDirectory() as folder:
+        run_id = Path(folder) / "run_id"
+        command = [sys.executable, str(ROOT / "flows" / "rs_flow.py"), "--config", "config", preset, *sets]
+        if subprocess.run([*command, "run", "--run-id-file", str(run_id)]).returncode:
+            raise SystemExit("the run failed, its message is above; nothing was compared")
+        return Path(load_config(preset, overrides).run.root).resolve() / run_id.read_text().strip()
 
 
 def _report(run: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Rejection-sampling alignment: `python flows/rs_flow.py run`."""
 
-from sources import CONFIG_HELP, DEFAULT_PRESET, PACKAGED, SUFFIXES, main, parse_preset, plain_errors, typed  # isort: skip
+from sources import CONFIG_HELP, DEFAULT_PRESET, PACKAGED, SUFFIXES, main, parse_preset, tag, task, typed  # isort: skip
 
 from metaflow import Config, FlowSpec, config_expr, current, package_sources, resources, step
 
@@ -30,9 +30,8 @@ class RSFlow(FlowSpec):
         from alignment.stages import begin
 
         self.started = time.time()
-        self.run_name = str(current.run_id)
-        with plain_errors():
-            self.run_path, self.prompt_counts = begin(typed(self.config), self.run_name)
+        with task():
+            self.run_path, self.prompt_counts = begin(typed(self.config), current.run_id, current.origin_run_id)
         self.iteration = 0
         self.next(self.reward_model)
 
@@ -42,8 +41,9 @@ class RSFlow(FlowSpec):
         """Train the reward model and the judge; export the reward model as a version of a Triton repository."""
         from alignment.stages import prepare_scorers
 
-        with plain_errors():
+        with task():
             self.reward_model_ref, self.judge_ref = prepare_scorers(typed(self.config), self.run_path)
+        tag("reward_model:{name}/{version}".format(**self.reward_model_ref))
         self.next(self.iterate)
 
     @resources(gpu=GPU, cpu=CPU, memory=MEMORY)
@@ -53,23 +53,25 @@ class RSFlow(FlowSpec):
         from alignment.stages import run_iteration
 
         self.iteration += 1
-        with plain_errors():
-            self.checkpoint = run_iteration(
-                typed(self.config), self.run_path, self.reward_model_ref, self.judge_ref, self.iteration
+        with task():
+            self.checkpoint, steps_left = run_iteration(
+                typed(self.config), self.run_path, self.reward_model_ref, self.judge_ref
             )
-        self.again = "yes" if self.checkpoint["step"] < self.config.loop.max_steps else "no"
+        self.again = "yes" if steps_left else "no"
         self.next({"yes": self.iterate, "no": self.evaluate}, condition="again")
 
     @resources(gpu=GPU, cpu=CPU, memory=MEMORY)
     @step
     def evaluate(self):
         """Best checkpoint by validation against the base, on held-out prompts; writes the report."""
+        from alignment.report import outcome
         from alignment.stages import run_evaluation
 
-        with plain_errors():
+        with task():
             self.report, self.checkpoint = run_evaluation(
                 typed(self.config), self.run_path, self.reward_model_ref, self.judge_ref, self.started
             )
+        tag(f"outcome:{outcome(self.report)}")
         self.next(self.end)
 
     @step
@@ -77,8 +79,7 @@ class RSFlow(FlowSpec):
         """Say how it went and where the report is."""
         from alignment.report import summary
 
-        print(summary(self.report))
-        print(f"report: {self.run_path}/report.html")
+        print(summary(self.report, f"{self.run_path}/report.html"))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Without `--run_path` it begins a run of its own.
 """
 
-from sources import CONFIG_HELP, DEFAULT_PRESET, PACKAGED, SUFFIXES, main, parse_preset, plain_errors, typed  # isort: skip
+from sources import CONFIG_HELP, DEFAULT_PRESET, PACKAGED, SUFFIXES, main, parse_preset, task, typed  # isort: skip
 
 from metaflow import Config, FlowSpec, Parameter, config_expr, current, package_sources, resources, step
 
@@ -14,13 +14,14 @@ GPU, CPU, MEMORY = (config_expr(f"config.resources.{name}") for name in ("gpu", 
 class RSIterationFlow(FlowSpec):
     """One RS step of a run, phase by phase, so that each phase may have nodes of its own.
 
-    start       the run folder and the step to do
-    rollouts    sample a shard of the step's prompts (foreach shard)
-    scoring     score the rollouts of all shards
-    selection   decide which are kept, and write both down
-    update      fine-tune on the kept ones, save a checkpoint
-    validation  score the new policy on the validation prompts
-    end         say how it went
+    start         the run folder and the step to do
+    reward_model  the run's reward model and judge
+    rollouts      sample a shard of the step's prompts (foreach shard)
+    scoring       score the rollouts of all shards
+    selection     decide which are kept, and write both down
+    update        fine-tune on the kept ones, save a checkpoint
+    validation    score the new policy on the validation prompts
+    end           say how it went
     """
 
     config = Config("config", default=DEFAULT_PRESET, parser=parse_preset, help=CONFIG_HELP)
@@ -32,8 +33,19 @@ class RSIterationFlow(FlowSpec):
         """Find or begin the run; name the step to do."""
         from alignment.disaggregated import begin_step
 
-        with plain_errors():
-            self.place = begin_step(typed(self.config), self.run_path or None, str(current.run_id))
+        with task():
+            self.place = begin_step(typed(self.config), self.run_path or None, current.run_id)
+        self.next(self.reward_model)
+
+    @resources(gpu=GPU, cpu=CPU, memory=MEMORY)
+    @step
+    def reward_model(self):
+        """Train the run's reward model and judge, unless it has them."""
+        from alignment.stages import prepare_scorers
+
+        with task():
+            reward, judge = prepare_scorers(typed(self.config), self.place["run_path"])
+        self.place = {**self.place, "reward_model_ref": reward, "judge_ref": judge}
         self.shard_indices = list(range(self.shards))
         self.next(self.rollouts, foreach="shard_indices")
 
@@ -43,7 +55,7 @@ class RSIterationFlow(FlowSpec):
         """Sample this shard of the step's prompts."""
         from alignment.disaggregated import sample_shard
 
-        with plain_errors():
+        with task():
             self.sampled, self.seconds = sample_shard(typed(self.config), self.place, self.input, self.shards)
         self.next(self.scoring)
 
@@ -54,7 +66,7 @@ class RSIterationFlow(FlowSpec):
         from alignment.disaggregated import score_shards
 
         self.merge_artifacts(inputs, include=["place"])
-        with plain_errors():
+        with task():
             self.scored, self.seconds = score_shards(
                 typed(self.config), self.place, [(i.sampled, i.seconds) for i in inputs]
             )
@@ -65,7 +77,7 @@ class RSIterationFlow(FlowSpec):
         """Decide which rollouts are kept, and why."""
         from alignment.disaggregated import select_and_store
 
-        with plain_errors():
+        with task():
             self.decisions = select_and_store(typed(self.config), self.place, self.scored)
         self.next(self.update)
 
@@ -75,24 +87,24 @@ class RSIterationFlow(FlowSpec):
         """Fine-tune on the kept rollouts and save a checkpoint."""
         from alignment.disaggregated import train
 
-        with plain_errors():
+        with task():
             self.checkpoint = train(typed(self.config), self.place, self.scored, self.decisions, self.seconds)
         self.next(self.validation)
 
     @resources(gpu=GPU, cpu=CPU, memory=MEMORY)
     @step
     def validation(self):
-        """Score the new policy on the validation prompts."""
+        """Score the new policy on the validation prompts, where loop.val_check_interval says so."""
         from alignment.disaggregated import validate
 
-        with plain_errors():
+        with task():
             self.validated = validate(typed(self.config), self.place)
         self.next(self.end)
 
     @step
     def end(self):
         """Say how it went."""
-        print(f"RS step {self.place['step']} of {self.place['run_path']}:", self.validated)
+        print(f"RS step {self.place['step']} of {self.place['run_path']}:", self.validated or "not validated")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ folder flat at the archive's root, and `alignment/` stands beside the flow file 
 import getpass
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,14 +22,23 @@ SUFFIXES = ".py,.pbtxt,.yaml,.json,.jinja"
 """What travels to remote tasks: code and templates, never weights."""
 
 CONFIG_HELP = "preset, a YAML file; any field can be overridden by --set section.field=value (repeatable)"
+INPUTS = (
+    *(("policy", "model"), ("reward", "model"), ("prompts", "train"), ("prompts", "held_out")),
+    *(("reward", "train_pairs"), ("reward", "held_out_pairs"), ("judge", "train_pairs"), ("judge", "held_out_pairs")),
+)
+"""Fields that may name local files."""
 DEFAULT_PRESET = str(SOURCE_ROOT / "configs" / "imdb_sentiment.yaml")
 
 if str(SOURCE_ROOT) not in sys.path:
     sys.path.insert(0, str(SOURCE_ROOT))
 
 # Metaflow wants a user other than root, which a container rarely has, and looks for one when it is imported.
-_user = getpass.getuser()
-os.environ.setdefault("METAFLOW_USER", _user if _user != "root" else "local")
+if "METAFLOW_USER" not in os.environ:
+    try:
+        _user = getpass.getuser()
+    except (KeyError, OSError):  # a container's uid need not have a name
+        _user = "root"
+    os.environ["METAFLOW_USER"] = _user if _user != "root" else "local"
 
 
 def parse_preset(text: str) -> dict[str, Any]:
@@ -41,6 +51,10 @@ def parse_preset(text: str) -> dict[str, Any]:
     values["run"]["root"] = _absolute(values["run"]["root"])
     if values["reward"]["repository"]:
         values["reward"]["repository"] = _absolute(values["reward"]["repository"])
+    for section, name in INPUTS:
+        source = values[section][name]
+        if source and Path(source).expanduser().exists():  # else a built-in, an s3:// or a hub's name
+            values[section][name] = _absolute(source)
     return values
 
 
@@ -70,6 +84,24 @@ def plain_errors() -> Iterator[None]:
         raise shown from None
 
 
+@contextmanager
+def task() -> Iterator[None]:
+    """Around a step's work: plain errors, and an end with Metaflow's scheduler, `kill -9` of that included."""
+    from alignment.lifeline import end_with_parent
+
+    end_with_parent()
+    with plain_errors():
+        yield
+
+
+def tag(text: str) -> None:
+    """Tag the run that this step belongs to, for `Flow("RSFlow").runs(text)`."""
+    from metaflow import Run, current, namespace
+
+    namespace(None)
+    Run(f"{current.flow_name}/{current.run_id}").add_tag(text)
+
+
 def fold_overrides(arguments: Sequence[str]) -> list[str]:
     """The command line with `--set section.field=value` and `--config config FILE` folded into one config value.
 
@@ -84,10 +116,10 @@ def fold_overrides(arguments: Sequence[str]) -> list[str]:
         word = queue.pop(0)
         if word == "--set" or word.startswith("--set="):
             overrides.append(_value(word, queue))
-        elif word == "--config" and queue[:1] == ["config"] and len(queue) > 1:
-            preset = queue[1]
-            rest += [word, *queue[:2]]
-            del queue[:2]
+        elif word == "--config=config" or (word == "--config" and queue[:1] == ["config"]):
+            del queue[: word == "--config"]
+            preset = queue.pop(0) if queue else sys.exit("--config config needs a file: --config config FILE")
+            rest += ["--config", "config", preset]
         else:
             rest.append(word)
     if not overrides:
@@ -106,6 +138,7 @@ def fold_overrides(arguments: Sequence[str]) -> list[str]:
 
 def main(flow: Callable[[], object]) -> None:
     """Run a flow's command line."""
+    os.environ.setdefault("RS_COMMAND_STARTED", str(time.time()))  # what loop.max_time_per_run counts from
     sys.argv[1:] = fold_overrides(sys.argv[1:])
     flow()
 

@@ -4,11 +4,11 @@
 
 Serves on loopback until Ctrl-C. Tritonserver sees a private view of the repository: links to the exported
 versions alone, so that one version can be pinned and the bare template is never loaded. Its model control is
-off, so nobody who reaches its ports can make it load code; the other management protocols are closed with a
-key that nobody keeps.
+off, so nobody who reaches its ports can make it load code. The other management protocols want a random key,
+which this machine's users can see in the process list and nobody else.
 
-A model whose process dies never comes back by itself, while Triton goes on saying "ready"; this supervisor
-notices and starts the server anew. With `--watch-stdin` everything ends when stdin does, that is when the
+A model whose process dies or hangs never comes back by itself, while Triton goes on saying "ready"; this
+supervisor notices and starts the server anew. With `--watch-stdin` everything ends when stdin does, that is when the
 owner of the pipe ends, however it ends.
 """
 
@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -33,8 +34,12 @@ from alignment.errors import AlignmentError, RewardServerError
 from infra.triton_setup import EXIT_TIMEOUT_S, Ports, free_ports, prepare, servable_versions
 
 MAX_RESTARTS = 3
+LONG_LIFE_S = 600.0
+"""A server that lived this long is not failing over and over: restarts are counted anew."""
 POLL_S = 0.25
 CANARY_S = 10.0
+PULSE_S, HUNG_S = 20.0, 60.0
+"""Seconds between canaries to a server that is ready, and without an answer to anybody until it is called hung."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -47,15 +52,19 @@ def serve(
     log: IO[bytes],
     should_stop: Callable[[float], bool],
     on_ready: Callable[[], None],
+    grace_s: float,
 ) -> None:
     """Run tritonserver until `should_stop(wait_s)` says so; start it anew when its model's process is lost.
 
-    Raises RewardServerError when it cannot be started, or was lost more than `MAX_RESTARTS` times.
+    `grace_s` is how long requests in flight may take at the end.
+    Raises RewardServerError when it cannot be started, or was lost more than `MAX_RESTARTS` times in a row.
     """
     with tempfile.TemporaryDirectory(prefix="triton-") as scratch:
         prefix = f"triton_{os.getpid()}_{secrets.token_hex(4)}"
         command, environment = prepare(Path(scratch), models, repository, ports, prefix, threads)
-        for start in range(MAX_RESTARTS + 1):
+        restarts = 0
+        while True:
+            started = time.monotonic()
             # PR_SET_PDEATHSIG covers a supervisor that is killed with -9: it cannot run its `finally`.
             process = subprocess.Popen(
                 command,
@@ -71,10 +80,11 @@ def serve(
                 was_ready, reason = _watch(process, list(models), ports, should_stop, on_ready)
             finally:
                 # A server that lost its model's process would wait for it in vain.
-                _stop(process, prefix, grace_s=0 if was_ready and reason else EXIT_TIMEOUT_S + 5)
+                _stop(process, prefix, grace_s=0 if was_ready and reason else grace_s)
             if not reason:
                 return
-            if not was_ready or start == MAX_RESTARTS:
+            restarts = restarts + 1 if time.monotonic() - started < LONG_LIFE_S else 1
+            if not was_ready or restarts > MAX_RESTARTS:
                 raise RewardServerError(f"the reward server failed: {reason}")
             print(f"{reason}; starting the server again", file=sys.stderr, flush=True)
 
@@ -104,27 +114,56 @@ def _watch(
     on_ready: Callable[[], None],
 ) -> tuple[bool, str]:
     """Until the end: whether the server got ready, and what ended it ("" when asked to stop)."""
-    ready = False
-    while not should_stop(POLL_S):
-        if process.poll() is not None:
-            return ready, f"tritonserver ended with code {process.returncode}"
-        if not ready and all(_answers(f"127.0.0.1:{ports.grpc}", model) for model in models):
-            ready = True
-            stubs = len(_living_children(process.pid))
-            on_ready()
-        if ready and len(_living_children(process.pid)) < stubs:
-            return ready, "the model's process has died"
-    return ready, ""
+    ready, url, ended = False, f"127.0.0.1:{ports.grpc}", threading.Event()
+    hung: list[str] = []
+    try:
+        while not should_stop(POLL_S):
+            if process.poll() is not None:
+                return ready, f"tritonserver ended with code {process.returncode}"
+            if not ready and all(_answers(url, model, CANARY_S) for model in models):
+                ready = True
+                stubs = len(_living_children(process.pid))
+                threading.Thread(target=_feel_pulse, args=(url, models, hung, ended), daemon=True).start()
+                on_ready()
+            if ready and len(_living_children(process.pid)) < stubs:
+                return ready, "the model's process has died"
+            if hung:
+                return ready, hung[0]
+        return ready, ""
+    finally:
+        ended.set()
 
 
-def _answers(url: str, model: str) -> bool:
-    """Whether the model answers a canary conversation now. Raises RewardServerError if it never will."""
+def _feel_pulse(url: str, models: list[str], hung: list[str], ended: threading.Event) -> None:
+    """Say in `hung` when a model answers nobody any more. A long queue is no reason: then others are answered."""
+    while not ended.wait(PULSE_S):
+        for model in models:
+            before = _executions(url, model)
+            if not _answers(url, model, HUNG_S) and _executions(url, model) == before and not ended.is_set():
+                hung.append(f"{model} has answered nobody for {HUNG_S:g} s")
+                return
+
+
+def _executions(url: str, model: str) -> int | None:
+    """How often a model has been executed; None where the server does not say."""
+    import tritonclient.grpc as triton
+
+    try:
+        with triton.InferenceServerClient(url) as client:
+            statistics = client.get_inference_statistics(model, client_timeout=CANARY_S)
+    except triton.InferenceServerException:
+        return None
+    return sum(int(one.execution_count) for one in statistics.model_stats)
+
+
+def _answers(url: str, model: str, wait_s: float) -> bool:
+    """Whether the model answers a canary conversation within `wait_s`. Raises RewardServerError if it never will."""
     if not _listens(url):
         return False
     from alignment.scoring import RewardClient
 
     with RewardClient(url, model) as client:
-        return not client.probe(CANARY_S)
+        return not client.probe(wait_s)
 
 
 def _listens(url: str) -> bool:
@@ -198,6 +237,8 @@ def main(arguments: list[str] | None = None) -> int:
                 log=log,
                 should_stop=should_stop,
                 on_ready=lambda: _announce(models, ports, options.log),
+                # The owner of the pipe is the only client, and it has ended: nothing is in flight.
+                grace_s=0 if options.watch_stdin else EXIT_TIMEOUT_S + 5,
             )
     except AlignmentError as error:
         tail = f"; its last lines ({options.log}):\n{log_tail(options.log)}" if options.log else ""
@@ -212,11 +253,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="serve this model alone")
     parser.add_argument("--version", help="serve this version alone")
     for kind in ("grpc", "http", "metrics"):
-        parser.add_argument(f"--{kind}-port", type=int, default=0, help="0 picks a free one")
+        parser.add_argument(f"--{kind}-port", type=_port, default=0, help="0 picks a free one")
     parser.add_argument("--threads", type=int, help="torch threads of the model; all cores if left out")
     parser.add_argument("--log", type=Path, help="file for tritonserver's output; stderr if left out")
     parser.add_argument("--watch-stdin", action="store_true", help="end when stdin ends")
     return parser
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: give a number from 0 to 65535")
+    return int(text)
 
 
 def _ports(options: argparse.Namespace) -> Ports:

@@ -4,28 +4,30 @@
       model.safetensors config.json tokenizer…   loadable by transformers as it is
       optimizer/rank-00000.safetensors           AdamW moments (and fp32 masters under ZeRO), one file a rank
       run_config.json                            the resolved config
-      manifest.json                              step, files with sha256 and size, versions, validation
+      manifest.json                              step, files with sha256 and size, validation, provenance
       DONE                                       sha256 of the manifest
 
 A folder is written beside its place and renamed: one that has no DONE never was a checkpoint. Nothing is
-pickled: reading a checkpoint executes nothing.
+pickled: reading a checkpoint executes nothing. A checkpoint that fails its check is refused, never passed over
+in silence: the error names the file, the reason, and the newest one that is whole.
 """
 
+import contextlib
 import hashlib
-import importlib.metadata
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from alignment.atomic_files import settle_files, sync_folder, write_text
+from alignment.atomic_files import disk_errors, settle_files, sync_folder, write_text
 from alignment.errors import CheckpointError, DiskError
 from alignment.types import Checkpoint
 
-VERSIONED = ("torch", "transformers", "deepspeed", "safetensors")
+FORMAT = 1
+"""Version of the layout above; another one is refused."""
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
@@ -38,18 +40,29 @@ def staging_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f".step-{step:06d}.partial"
 
 
+def _replaced_folder(checkpoints: Path, step: int) -> Path:
+    """Where a finished checkpoint waits while another of the same step takes its place."""
+    return checkpoints / f".step-{step:06d}.replaced"
+
+
+@contextlib.contextmanager
+def removed_if_failed(staging: Path) -> Iterator[None]:
+    """Removes a staged folder when the body fails: half a checkpoint on a full disk helps nobody."""
+    try:
+        yield
+    except (DiskError, CheckpointError):
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
 def write_optimizer_state(staging: Path, rank: int, state: Mapping[str, Tensor]) -> None:
     """One rank's optimizer tensors. Raises DiskError."""
     from safetensors.torch import save_file
 
     path = staging / "optimizer" / f"rank-{rank:05d}.safetensors"
-    try:
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
-    except Exception as error:  # safetensors reports a full disk as its own SafetensorError
-        raise DiskError(
-            f"cannot write {path}: {error}. Free space and resume: the last checkpoint is intact"
-        ) from error
 
 
 def read_optimizer_state(checkpoint: Path, rank: int) -> dict[str, Tensor]:
@@ -69,29 +82,28 @@ def seal(
 ) -> Checkpoint:
     """Give a staged folder its manifest, DONE and name; returns its reference. Raises DiskError."""
     staging, final = staging_folder(checkpoints, step), checkpoint_folder(checkpoints, step)
-    try:
+    with disk_errors(final):
         (staging / "run_config.json").write_text(json.dumps(config, indent=2))
         files = sorted(p for p in staging.rglob("*") if p.is_file())
         sums = {str(p.relative_to(staging)): {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in files}
         manifest = {
-            "format": 1,
+            "format": FORMAT,
             "step": step,
             "ranks": ranks,
             "weights_sha256": _weights_digest(sums),
             "files": sums,
-            "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
             **details,
         }
         text = json.dumps(manifest, indent=2)
         settle_files(staging)
         write_text(staging / "manifest.json", text)
         write_text(staging / "DONE", hashlib.sha256(text.encode()).hexdigest())
-        if final.exists():  # a replay of the same step after a kill between here and the metrics
-            shutil.rmtree(final)
+        replaced = _replaced_folder(checkpoints, step)
+        if final.exists():  # a replay of the same step after a kill, or one that was saved before its validation
+            final.rename(replaced)
         staging.rename(final)
         sync_folder(checkpoints)
-    except OSError as error:
-        raise DiskError(f"cannot write {final}: {error.strerror}. Free space and resume") from error
+        shutil.rmtree(replaced, ignore_errors=True)
     return _reference(final, manifest)
 
 
@@ -117,10 +129,7 @@ def verify(folder: Path) -> Checkpoint:
         if not path.resolve().is_relative_to(folder.resolve()):
             raise CheckpointError(f"{folder / 'manifest.json'} names {name}, which lies outside the checkpoint")
         if not path.is_file() or path.stat().st_size != expected["bytes"] or sha256_file(path) != expected["sha256"]:
-            raise CheckpointError(
-                f"{path} is missing or damaged (its sha256 is not the manifest's): "
-                f"remove {folder} to continue from the checkpoint before it"
-            )
+            raise CheckpointError(f"{path} is missing or damaged: its size or sha256 is not the manifest's")
     unlisted = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - set(manifest["files"])
     if unlisted - {"manifest.json", "DONE"}:
         raise CheckpointError(f"{folder} holds files that its manifest does not list: {', '.join(sorted(unlisted))}")
@@ -128,20 +137,49 @@ def verify(folder: Path) -> Checkpoint:
 
 
 def finished(checkpoints: Path) -> list[Path]:
-    """Folders of finished checkpoints, oldest first; unverified."""
+    """Folders of finished checkpoints, oldest first, unverified; one whose replacement never came is put back."""
+    for waiting in checkpoints.glob(".step-*.replaced"):
+        place = checkpoints / waiting.name.removeprefix(".").removesuffix(".replaced")
+        if not place.exists():
+            waiting.rename(place)
     return sorted(p.parent for p in checkpoints.glob("step-*/DONE"))
 
 
 def last_checkpoint(checkpoints: Path) -> Checkpoint | None:
     """The newest finished checkpoint, verified; None where there is none. Raises CheckpointError."""
     folders = finished(checkpoints)
-    return verify(folders[-1]) if folders else None
+    newest = max(checkpoints.glob("step-*"), default=None)
+    # What pruning leaves behind is older than a finished one: this one has lost its DONE in some other way.
+    if newest is not None and newest not in folders:
+        folders.append(newest)
+    return _verified(folders[-1], folders) if folders else None
 
 
 def best_checkpoint(checkpoints: Path) -> Checkpoint | None:
     """The checkpoint with the highest validation reward, else the newest one, verified; None where there is none."""
-    best = _best(finished(checkpoints))
-    return verify(best) if best else last_checkpoint(checkpoints)
+    folders = finished(checkpoints)
+    best = _by_validation(folders)
+    return _verified(best[0], folders) if best else last_checkpoint(checkpoints)
+
+
+def _verified(folder: Path, folders: Sequence[Path]) -> Checkpoint:
+    """`verify`, whose error offers the newest of the other `folders` that is whole."""
+    try:
+        return verify(folder)
+    except CheckpointError as error:
+        whole = next((other for other in reversed(folders) if other != folder and _is_whole(other)), None)
+        remedy = f"{whole} is whole: remove {folder} and resume to go on from there"
+        raise CheckpointError(
+            f"{error}. {remedy if whole else f'No other checkpoint of {folder.parent} is whole: start a new run'}"
+        ) from error
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        verify(folder)
+    except CheckpointError:
+        return False
+    return True
 
 
 def newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
@@ -150,11 +188,16 @@ def newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
     return _reference(folders[-1], read_manifest(folders[-1])) if folders else None
 
 
-def prune(checkpoints: Path, *, keep_last: int) -> list[Path]:
-    """Remove all but the newest `keep_last` and the best by validation; returns what was removed."""
+def prune(checkpoints: Path, *, keep_last: int, keep_best: int) -> list[Path]:
+    """Remove all but the newest `keep_last` and the `keep_best` best by validation; returns what was removed.
+
+    Nothing is removed before the newest one has been verified: raises CheckpointError where it is not whole.
+    """
     folders = finished(checkpoints)
-    best = _best(folders)
-    doomed = [f for f in folders[:-keep_last] if f != best]
+    kept = {*folders[-keep_last:], *_by_validation(folders)[:keep_best]}
+    doomed = [folder for folder in folders if folder not in kept]
+    if doomed:
+        verify(folders[-1])
     for folder in doomed:
         (folder / "DONE").unlink()  # first, so that a half-removed folder is no checkpoint
         shutil.rmtree(folder)
@@ -172,12 +215,16 @@ def _checked(manifest: Any, folder: Path) -> dict[str, Any]:
     kinds = {"step": int, "ranks": int, "weights_sha256": str, "files": dict}
     values = manifest if isinstance(manifest, dict) else {}
     wrong = [key for key, kind in kinds.items() if not isinstance(values.get(key), kind)]
-    entries = [] if "files" in wrong else values["files"].values()
-    if not all(isinstance(entry, dict) and {"sha256", "bytes"} <= entry.keys() for entry in entries):
+    entries = {} if "files" in wrong else values["files"]
+    if not all(isinstance(entry, dict) and {"sha256", "bytes"} <= entry.keys() for entry in entries.values()):
         wrong.append("files")
+    elif _weights_digest(entries) != values.get("weights_sha256"):
+        wrong.append("weights_sha256")
     validation = values.get("validation")
     if validation is not None and not (isinstance(validation, dict) and "reward_mean" in validation):
         wrong.append("validation")
+    if values.get("format") != FORMAT:
+        wrong.append("format")
     if wrong:
         raise CheckpointError(f"{folder / 'manifest.json'} was not written by this program: {', '.join(wrong)}")
     return values
@@ -187,11 +234,11 @@ def _reference(folder: Path, manifest: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(uri=str(folder), sha256=str(manifest["weights_sha256"]), step=int(manifest["step"]))
 
 
-def _best(folders: Sequence[Path]) -> Path | None:
-    """The folder with the highest validation reward, the earlier of equals; None where none was validated."""
+def _by_validation(folders: Sequence[Path]) -> list[Path]:
+    """Validated checkpoints by falling reward, the earlier of equals first."""
     validations = [(read_manifest(folder).get("validation"), folder) for folder in folders]
     rewards = [(v["reward_mean"], folder) for v, folder in validations if v]
-    return max(rewards, key=lambda pair: pair[0])[1] if rewards else None
+    return [folder for _, folder in sorted(rewards, key=lambda pair: -pair[0])]
 
 
 def _weights_digest(sums: Mapping[str, Mapping[str, Any]]) -> str:

@@ -54,7 +54,7 @@ class Judge:
         """
         from safetensors.numpy import save_file
 
-        with disk_errors(folder):
+        with disk_errors(folder / _WEIGHTS):
             folder.mkdir(parents=True, exist_ok=True)
             save_file({"scale": self.scale, "weights": self.weights}, folder / _WEIGHTS)
         write_json(folder / _CARD, {"format": FORMAT, "hash_size": HASH_SIZE})

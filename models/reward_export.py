@@ -17,11 +17,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from alignment.atomic_files import settle_files, write_text
-from alignment.errors import ConfigError, DiskError, ModelError
+from alignment.atomic_files import disk_errors, settle_files, write_text
+from alignment.errors import ConfigError, ModelError
 from alignment.types import RewardModelRef
 from models.quiet import quiet_transformers
 from models.reward_model import render
@@ -48,9 +47,9 @@ def export_version(
     Raises ConfigError for a template or length that the model cannot serve, DiskError when writing fails.
     """
     render(template, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    _check_length(model, tokenizer, max_tokens)
+    check_length(model.config, tokenizer, max_tokens)
     folder = repository / name
-    try:
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _write_config(folder, name)
         version = _claim(folder)
@@ -61,12 +60,6 @@ def export_version(
             build.rename(folder / version)
         finally:
             shutil.rmtree(build, ignore_errors=True)
-    # A full disk surfaces as SafetensorError while the weights are written.
-    except (OSError, SafetensorError) as error:
-        raise DiskError(
-            f"cannot export the reward model to {folder}: {error}; "
-            "free some space or set reward.repository to a folder that can be written"
-        ) from error
     return RewardModelRef(name, version, digest, str(repository), card.get("accuracy"))
 
 
@@ -178,8 +171,8 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _check_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+def check_length(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
     """`max_tokens` must fit the model's positions. Raises ConfigError."""
-    longest = min(getattr(model.config, "max_position_embeddings", max_tokens), tokenizer.model_max_length)
+    longest = min(getattr(config, "max_position_embeddings", max_tokens), tokenizer.model_max_length)
     if max_tokens > longest:
         raise ConfigError(f"reward.max_tokens ({max_tokens}) must be <= {longest}, the longest text this model reads")

@@ -10,6 +10,7 @@ Legend: B sequences, T tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -45,26 +47,17 @@ def load_reward_model(
 
     Raises ModelError.
     """
-    if source.startswith(("/", ".", "~")) and not Path(source).is_dir():
-        raise ModelError(f"reward.model ({source}): no such folder; give a model folder or a hub name")
-    try:
-        with quiet_transformers(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            config = AutoConfig.from_pretrained(source, num_labels=1, trust_remote_code=False)
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                source,
-                config=config,
-                dtype=torch.float32,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"reward.model ({source}) cannot be loaded as a model with one scalar output: {_first_line(error)}. "
-            "Give a folder or hub name with config.json, safetensors weights and a tokenizer"
-        ) from error
+    with _named_errors(source), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config, tokenizer = load_reader(source)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
     if require_head and report["missing_keys"]:
         raise ModelError(
             f"reward.model ({source}) has no trained head (missing {', '.join(sorted(report['missing_keys']))}): "
@@ -72,6 +65,28 @@ def load_reward_model(
         )
     _check_padding(source, model, tokenizer)
     return model.eval(), tokenizer
+
+
+def load_reader(source: str) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """The config, with one output, and the tokenizer of a folder or hub name. Raises ModelError."""
+    if source.startswith(("/", ".", "~")) and not Path(source).is_dir():
+        raise ModelError(f"reward.model ({source}): no such folder; give a model folder or a hub name")
+    with _named_errors(source):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return AutoConfig.from_pretrained(source, num_labels=1, trust_remote_code=False), tokenizer
+
+
+@contextmanager
+def _named_errors(source: str) -> Iterator[None]:
+    """Loading without transformers' reports, and with its many kinds of error as a ModelError."""
+    try:
+        with quiet_transformers():
+            yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"reward.model ({source}) cannot be loaded as a model with one scalar output: {_first_line(error)}. "
+            "Give a folder or hub name with config.json, safetensors weights and a tokenizer"
+        ) from error
 
 
 def render(template: str, messages: Sequence[Message]) -> str:

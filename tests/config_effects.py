@@ -22,11 +22,12 @@ import torch
 from alignment import colocated, evaluation_stage, worker
 from alignment.config import Config, parse_config
 from alignment.errors import AlignmentError
+from alignment.lifeline import Stop
 from alignment.preparation import load_prompt_sets
 from alignment.reward_stage import prepare_judge, prepare_reward_model
 from alignment.run_folder import RunFolder
 from alignment.stages import begin
-from alignment.task import served, tracker
+from alignment.task import reward_client, served, tracker
 from alignment.trainer import train_step
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
 from argo import compiled, s3_stand_in
@@ -38,7 +39,7 @@ _numbers = itertools.count(1)
 class RewardClientStandIn:
     """Stands in for a client and its server: a response's reward depends on its text alone."""
 
-    def __init__(self, url: str, model_name: str, model_version: str, timeout_s: float, check: Any = None) -> None:
+    def __init__(self, url: str, model_name: str, model_version: str, timeout_s: float, **_: Any) -> None:
         self.url, self.model_name, self.model_version, self.timeout_s = url, model_name, model_version, timeout_s
         self._background = ThreadPoolExecutor(1)
 
@@ -104,7 +105,7 @@ def run_iteration(config: Config, run: RunFolder | None = None, until: int | Non
         patch.object(worker, "run_iteration", watched),
         contextlib.redirect_stdout(out),
     ):
-        worker.work(config, run, options)
+        worker.work(config, run, options, Stop())
     names = sorted(p.name for p in run.checkpoints.glob("step-*"))
     manifest = json.loads((run.checkpoints / names[-1] / "manifest.json").read_text())
     return Iteration(
@@ -218,21 +219,22 @@ class Seen(Exception):
     """Ends a part once its arguments have been seen."""
 
 
-def workers_launched(config: Config, number: int = 1, url: str = "stand-in:1") -> dict[str, Any]:
-    """The number of workers and the arguments that iteration `number` starts them with."""
+def workers_launched(config: Config, done: int = 0, url: str = "stand-in:1") -> dict[str, Any]:
+    """The arguments, also to `run_workers`, that the iteration after RS step `done` starts its workers with."""
     seen: dict[str, Any] = {}
 
-    def run_workers_stand_in(module: str, arguments: Any, *, num_workers: int, **_: Any) -> None:
-        seen.update(zip([*arguments[::2], "num_workers"], [*arguments[1::2], num_workers], strict=True))
+    def run_workers_stand_in(module: str, arguments: Any, **others: Any) -> None:
+        seen.update(zip(arguments[::2], arguments[1::2], strict=True))
+        seen.update(others)
         raise Seen
 
     with (
         patch.object(colocated, "run_workers", run_workers_stand_in),
-        patch.object(colocated, "end_with_parent", lambda: None),  # it would watch the parent of the tests
+        patch("models.checkpoints.newest_checkpoint", lambda _: Checkpoint("", "", done)),
         contextlib.suppress(Seen),
     ):
         external = config.model_copy(update={"reward": config.reward.model_copy(update={"url": url})})
-        colocated.iterate(external, new_run(config), reference(config), JudgeRef("judge", "judge", 1.0), number)
+        colocated.iterate(external, new_run(config), reference(config), JudgeRef("judge", "judge", 1.0))
     return seen
 
 
@@ -242,7 +244,31 @@ def num_workers(config: Config) -> int:
 
 def last_steps(config: Config) -> list[int]:
     """The last RS step of the first and of the second iteration."""
-    return [int(workers_launched(config, number)["--until"]) for number in (1, 2)]
+    first = int(workers_launched(config)["--until"])
+    return [first, int(workers_launched(config, first)["--until"])]
+
+
+def grace(config: Config) -> float:
+    """Seconds that workers get to end in order."""
+    return workers_launched(config)["grace_s"]
+
+
+def ends_at(config: Config) -> float | None:
+    """Unix time at which workers are to stop, for a command that began at 1000."""
+    with patch.dict(os.environ, {colocated.COMMAND_STARTED: "1000"}):
+        at = workers_launched(config).get("--ends-at")
+    return None if at is None else float(at)
+
+
+def patience(config: Config) -> float:
+    """Seconds that a run's client waits for a server that is gone."""
+    with reward_client(config, "127.0.0.1:9", "1") as client:
+        return client.patience_s
+
+
+def adopted_checkpoints(config: Config) -> list[str]:
+    """The checkpoints that a new run begins with."""
+    return sorted(p.name for p in new_run(config).checkpoints.glob("step-*"))
 
 
 def reference(config: Config) -> RewardModelRef:

@@ -33,10 +33,11 @@ class Place:
         return [sys.executable, str(ROOT / "flows" / f"{flow}.py"), "--config", "config", str(SMOKE), *sets, *arguments]
 
     def start(self, *arguments: str, **settings: object) -> subprocess.Popen[str]:
-        """Start RSFlow and come back at once."""
+        """Start RSFlow in a session of its own and come back at once."""
         return subprocess.Popen(
             self.command("rs_flow", *arguments, **settings),
             cwd=self.path, env=self.environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
         )  # fmt: skip
 
     def run(self, *arguments: str, flow: str = "rs_flow", **settings: object) -> "Finished":

@@ -28,7 +28,7 @@ from alignment.errors import (
 )
 from alignment.reward_stage import prepare_judge, prepare_reward_model
 from alignment.run_folder import RunFolder
-from alignment.stages import begin
+from alignment.stages import begin, prepare_scorers
 from flow_runs import ROOT, SMOKE, Place
 from models.checkpoints import last_checkpoint, verify
 
@@ -152,8 +152,34 @@ def test_prompts_that_are_too_long_are_left_out_and_listed(shared: Path, tmp_pat
     assert train == ["mixed:1", "mixed:2", "mixed:4", "mixed:5"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "override", "said"),
+    [
+        (ConfigError, "reward.max_tokens=300", "reward.max_tokens (300) must be <= 256"),
+        (ConfigError, "reward.template='{{ message }}'", "reward.template cannot render"),
+        (ModelError, "reward.model=/no/model", "reward.model (/no/model): no such model folder"),
+        (DataError, "reward.train_pairs=/no/pairs.jsonl", "/no/pairs.jsonl: no such file"),
+        (DataError, "judge.train_pairs=/no/pairs.jsonl", "/no/pairs.jsonl: no such file"),
+        (DataError, "judge.held_out_pairs=imdb:nothing", "imdb:nothing: no built-in pairs"),
+    ],
+)
+def test_what_the_scorers_need_is_looked_at_before_anything_is_trained(
+    shared: Path, kind: type[AlignmentError], override: str, said: str
+) -> None:
+    assert refused(kind, shared, override).startswith(said)
+
+
+def test_a_run_path_without_a_run(tmp_path: Path) -> None:
+    done = Place(tmp_path).run("run", "--run_path", "/no/run", flow="rs_iteration_flow")
+    assert done.status != 0 and "--run_path (/no/run): no run folder" in done.output
+    assert "Traceback" not in done.output
+
+
 def test_more_gpus_than_the_machine_has(shared: Path) -> None:
-    text = refused(ConfigError, shared, "resources.gpu=99")
+    config = smoke(shared, "resources.gpu=99")
+    with pytest.raises(ConfigError) as caught:  # not in `start`, which may run where there is no GPU
+        prepare_scorers(config, str(effects.new_run(config).path))
+    text = str(caught.value)
     assert text.startswith("resources.gpu (99) is more than the") and "set resources.gpu=0 for the CPU" in text
 
 
@@ -180,7 +206,7 @@ from alignment.stages import prepare_scorers, run_iteration
 preset, run, overrides = sys.argv[1], sys.argv[2], sys.argv[3:]
 config = load_config(preset, overrides)
 try:
-    print(run_iteration(config, run, *prepare_scorers(config, run), 2))
+    print(run_iteration(config, run, *prepare_scorers(config, run)))
 except AlignmentError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
@@ -227,8 +253,8 @@ def test_a_damaged_checkpoint_is_named(shared: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         effects.run_iteration(config, run, until=4)
     assert str(caught.value) == (
-        f"{path} is missing or damaged (its sha256 is not the manifest's): "
-        f"remove {path.parent} to continue from the checkpoint before it"
+        f"{path} is missing or damaged: its size or sha256 is not the manifest's. "
+        f"No other checkpoint of {run.checkpoints} is whole: start a new run"
     )
     shutil.rmtree(path.parent)
     effects.run_iteration(config, run, until=2)

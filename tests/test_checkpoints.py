@@ -58,15 +58,16 @@ def test_the_digest_of_shards_is_that_of_their_sums_in_order_of_name(tmp_path):
 
 def test_without_a_checkpoint_there_is_none(tmp_path):
     assert cp.last_checkpoint(tmp_path) is cp.best_checkpoint(tmp_path) is cp.newest_checkpoint(tmp_path) is None
-    assert cp.prune(tmp_path / "missing", keep_last=1) == []
+    assert cp.prune(tmp_path / "missing", keep_last=1, keep_best=1) == []
 
 
 def test_a_folder_without_done_never_was_a_checkpoint(tmp_path):
     write(tmp_path, 1)
     (write(tmp_path, 2) / "DONE").unlink()
-    assert cp.last_checkpoint(tmp_path).step == 1
-    with pytest.raises(CheckpointError, match="step-000002 is not a finished checkpoint"):
-        cp.verify(tmp_path / "step-000002")
+    with pytest.raises(
+        CheckpointError, match=r"step-000002 is not a finished checkpoint.*step-000001 is whole: remove"
+    ):
+        cp.last_checkpoint(tmp_path)
     assert cp.verify(write_again(tmp_path, 2)).step == 2  # a replay of the step takes its place
 
 
@@ -87,10 +88,12 @@ def test_damage_names_the_file_and_the_remedy(tmp_path, name, how):
         path.write_bytes(data if how == "flip" else data[:-1])
     with pytest.raises(CheckpointError) as caught:
         cp.last_checkpoint(tmp_path)
-    assert str(caught.value) == (
-        f"{path} is missing or damaged (its sha256 is not the manifest's): "
-        f"remove {folder} to continue from the checkpoint before it"
-    )
+    said = f"{path} is missing or damaged: its size or sha256 is not the manifest's. "
+    assert str(caught.value) == said + f"No other checkpoint of {tmp_path} is whole: start a new run"
+    before = write(tmp_path, 0)
+    with pytest.raises(CheckpointError) as caught:
+        cp.last_checkpoint(tmp_path)
+    assert str(caught.value) == said + f"{before} is whole: remove {folder} and resume to go on from there"
 
 
 def test_an_edited_manifest_is_refused(tmp_path):
@@ -131,11 +134,33 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
     for step, reward in rewards.items():
         write(tmp_path, step, reward)
     assert cp.best_checkpoint(tmp_path).step == 2  # the earlier of equals
-    removed = cp.prune(tmp_path, keep_last=2)
+    removed = cp.prune(tmp_path, keep_last=2, keep_best=1)
     assert [p.name for p in removed] == ["step-000001", "step-000003"]
     assert [p.name for p in cp.finished(tmp_path)] == ["step-000002", "step-000004", "step-000005"]
-    assert cp.prune(tmp_path, keep_last=2) == []
-    assert [p.name for p in cp.prune(tmp_path, keep_last=1)] == ["step-000004"]
+    assert cp.prune(tmp_path, keep_last=2, keep_best=1) == []
+    assert cp.prune(tmp_path, keep_last=1, keep_best=2) == []  # 2 and 4 are the best two, 5 the newest
+    assert [p.name for p in cp.prune(tmp_path, keep_last=1, keep_best=1)] == ["step-000004"]
+
+
+def test_nothing_is_pruned_before_the_newest_is_known_to_be_whole(tmp_path):
+    for step in (1, 2, 3):
+        folder = write(tmp_path, step)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"step-000003/model\.safetensors is missing or damaged"):
+        cp.prune(tmp_path, keep_last=1, keep_best=1)
+    assert [p.name for p in cp.finished(tmp_path)] == ["step-000001", "step-000002", "step-000003"]
+
+
+def test_a_step_saved_again_takes_the_place_of_the_first_at_once(tmp_path):
+    write(tmp_path, 2)
+    again = write(tmp_path, 2, reward=0.5)
+    assert cp.read_manifest(again)["validation"] == {"reward_mean": 0.5}
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
+    # A kill between the two renames: the first one is put back.
+    again.rename(tmp_path / ".step-000002.replaced")
+    assert cp.last_checkpoint(tmp_path).step == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
 
 
 def test_where_nothing_was_validated_the_best_is_the_newest(tmp_path):
@@ -159,5 +184,5 @@ def test_a_place_that_cannot_be_written_is_an_error_of_the_disk(tmp_path):
     (staging / "optimizer").write_text("in the way")
     with pytest.raises(DiskError, match=r"optimizer/rank-00000\.safetensors"):
         cp.write_optimizer_state(staging, 0, {"a": torch.ones(1)})
-    with pytest.raises(DiskError, match=r"step-000002.*Free space and resume"):
+    with pytest.raises(DiskError, match=r"step-000002.*then resume the run"):
         cp.seal(tmp_path, 2, ranks=1, config={}, details={})

@@ -48,7 +48,7 @@ def test_an_unknown_key_is_refused_and_the_known_ones_are_listed() -> None:
     assert message("training.learning_rate=1e-4").startswith(
         "training.learning_rate ('1e-4'): unknown key; known here: lr, lr_schedule, warmup_steps, min_lr, weight_decay"
     )
-    assert "known here: seed, run, policy, prompts, rollouts, selection" in message("trainning.lr=1")
+    assert "known here: seed, run, resume, policy, prompts, rollouts, selection" in message("trainning.lr=1")
 
 
 def test_a_config_that_is_none_is_named(tmp_path: Path) -> None:
@@ -128,13 +128,26 @@ def test_overrides_are_read_as_yaml_and_leave_the_preset_alone() -> None:
             apply_overrides({}, [wrong])
     with pytest.raises(ConfigError, match=r"--set seed\.x=1: seed is not a section"):
         apply_overrides(preset, ["seed.x=1"])
+    merged = apply_overrides(preset, ["training={beta1: 0.5}"])
+    assert merged["training"] == {"lr": 1.0, "beta1": 0.5}  # a section changes what it names
+
+
+@pytest.mark.parametrize("override", ["training.lr=yes", "resources.gpu=on", "loop.max_steps=true", "policy.model=off"])
+def test_a_truth_value_passes_for_no_number_and_no_text(override: str) -> None:
+    key = override.partition("=")[0]
+    assert message(override).startswith(f"{key} (") and message(override).endswith("write a number, or text in quotes")
+
+
+def test_a_section_that_stands_there_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="training stands there twice"):
+        parse_config("training: {lr: 1e-5}\nloop: {}\ntraining: {zero_stage: 1}")
 
 
 def test_every_field_is_explained() -> None:
-    tree = ast.parse((ROOT / "alignment" / "config.py").read_text())
-    sections = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name.endswith("Section")]
+    texts = [(ROOT / "alignment" / f"{name}.py").read_text() for name in ("config", "config_sections")]
+    classes = [node for text in texts for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
     explained = 0
-    for section in [*sections, next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config")]:
+    for section in classes:
         for field, after in zip(section.body, [*section.body[1:], None], strict=True):
             if not isinstance(field, ast.AnnAssign) or ast.unparse(field.annotation).endswith("Section"):
                 continue
@@ -147,7 +160,9 @@ def test_every_field_is_explained() -> None:
 def fields() -> set[str]:
     """Every field of the config as section.field."""
     nested = {name: info.annotation.model_fields for name, info in Config.model_fields.items() if name != "seed"}  # type: ignore[union-attr]
-    return {"seed"} | {f"{section}.{field}" for section, names in nested.items() for field in names}
+    return {"seed"} | {
+        f"{section}.{field.alias or name}" for section, fs in nested.items() for name, field in fs.items()
+    }
 
 
 UNSTATED = object()
@@ -162,11 +177,13 @@ class Effect(NamedTuple):
     also: tuple[str, ...] = ()
 
 
+THREE_STEPS = "loop.steps_per_iteration=3"
 MEMORY = ("resources.memory=8000",)  # Metaflow raises what is below its own default for Kubernetes
 # {root} and {port} stand for the folder of the runs and a free port.
 EFFECTS = {
     "seed": Effect(1, see.column("prompt_id")),
     "run.root": Effect("{root}/other", see.run_root, Path("{root}/other")),
+    "resume.from": Effect("{root}/earlier", see.adopted_checkpoints, ["step-000002"]),
     "policy.model": Effect("{root}/policy", see.column("response")),
     "policy.prompt_format": Effect("chat", see.column("prompt")),
     "prompts.train": Effect("{root}/prompts.jsonl", see.first_words("train"), {"question"}),
@@ -200,6 +217,7 @@ EFFECTS = {
     "reward.version": Effect("2", see.export_says("version"), "2"),
     "reward.grpc_port": Effect("{port}", see.server_url, "127.0.0.1:{port}"),
     "reward.timeout_s": Effect(0.4, see.error_without_server, also=("reward.url=127.0.0.1:9", "reward.timeout_s=0.2")),
+    "reward.patience_s": Effect(7, see.patience, 7),
     "reward.token_budget": Effect(512, see.export_says("token_budget"), 512),
     "judge.train_pairs": Effect("toy:pairs", see.judge_says("weights")),
     "judge.held_out_pairs": Effect("{root}/swapped.jsonl", see.judge_says("accuracy"), 0.0),
@@ -216,10 +234,16 @@ EFFECTS = {
     "training.micro_batch_size": Effect(1, see.engine_says("train_micro_batch_size_per_gpu"), 1),
     "training.zero_stage": Effect(1, see.engine_says("zero_optimization_stage"), 1),
     "loop.max_steps": Effect(3, see.last_steps, [2, 3]),
+    "loop.max_epochs": Effect(1, see.last_steps, [20, 20], ("loop.max_steps=30", "loop.steps_per_iteration=30")),
+    "loop.max_time_per_run": Effect("00:00:01:30", see.ends_at, 1090.0),
+    "loop.stop_grace_s": Effect(5, see.grace, 5),
     "loop.steps_per_iteration": Effect(3, see.last_steps, [3, 4]),
     "loop.val_check_interval": Effect(1, see.validated_steps, [0, 1, 2]),
     "loop.save_interval": Effect(2, see.saved_steps, ["step-000002"], ("loop.keep_last=2",)),
     "loop.keep_last": Effect(2, see.saved_steps, ["step-000001", "step-000002"]),
+    "loop.keep_best": Effect(
+        3, see.saved_steps, [f"step-00000{i}" for i in (1, 2, 3)], ("loop.val_check_interval=1", THREE_STEPS)
+    ),
     "validation.num_prompts": Effect(4, see.num_prompts("validation"), 4),
     "evaluation.num_prompts": Effect(10, see.num_prompts("evaluation"), 10),
     "evaluation.best_of_n": Effect(2, see.samples_per_prompt, [3]),
@@ -241,6 +265,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     from alignment.embedded import policy_folder
     from alignment.reward_stage import prepare_judge
+    from alignment.stages import prepare_scorers
     from alignment.toy import toy_pairs
     from infra.triton_setup import free_ports
     from reward_fixtures import tiny_reward_model
@@ -249,6 +274,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
     threads = torch.get_num_threads()
     config = effect_config(root)
     prepare_judge(config, root / "judge", lambda _: None)
+    earlier = see.iteration(config).trainer.run.path
+    prepare_scorers(config, str(earlier))
+    (root / "earlier").symlink_to(earlier)
     see.exported(config)
     see.exported(effect_config(root, "reward.lr=1e-4"))
     (root / "prompts.jsonl").write_text("".join(json.dumps({"text": f"question {i}"}) + "\n" for i in range(30)))

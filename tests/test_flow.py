@@ -93,14 +93,17 @@ def test_metaflow_artifacts_lead_to_everything(place, undisturbed):
     script = (
         "from metaflow import Flow, namespace; namespace(None); r = Flow('RSFlow').latest_run; "
         "print([t.data.iteration for t in sorted(r['iterate'], key=lambda t: t.data.iteration)], "
-        "r.data.checkpoint['uri'], r.data.reward_model_ref['version'], r.successful)"
+        "r.data.checkpoint['uri'], r.data.reward_model_ref['version'], r.successful, sorted(r.user_tags))"
     )
     out = subprocess.run(  # no alignment on the path: artifacts are plain values
         [sys.executable, "-c", script], cwd=place.path, env=place.environment(),
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert out.split()[:2] == ["[1,", "2]"]
-    assert out.strip().endswith("1 True")
+    outcome = {1: "improved", 0: "unclear", -1: "worse"}
+    low, high = undisturbed.report["evaluation"]["win_rate_ci95"]
+    tags = [f"outcome:{outcome[(low > 0.5) - (high < 0.5)]}", "reward_model:reward_model/1"]
+    assert out.strip().endswith(f"1 True {tags}")
 
 
 def test_one_wandb_run_over_all_processes(undisturbed):
@@ -119,7 +122,7 @@ def test_one_iteration_and_another_judge_give_the_same_weights(place, undisturbe
     ]
 
 
-@pytest.mark.parametrize("victim", ["metaflow", "worker"])
+@pytest.mark.parametrize("victim", ["metaflow", "worker", "terminal"])
 def test_killed_and_resumed_equals_undisturbed(place, undisturbed, victim):
     before = place.latest()
     started = place.start("run", **SETTINGS)
@@ -127,6 +130,8 @@ def test_killed_and_resumed_equals_undisturbed(place, undisturbed, victim):
     wait_for((folder / "checkpoints" / "step-000004" / "DONE").exists, what="checkpoint 4")
     if victim == "metaflow":
         started.kill()
+    elif victim == "terminal":  # Ctrl-C reaches Metaflow and its task
+        os.killpg(started.pid, signal.SIGINT)
     else:
         for pid in processes_naming(f"--folder {folder}"):
             os.kill(pid, signal.SIGKILL)

@@ -1,15 +1,11 @@
 """The progress line: states rendered by hand, a real pseudo-terminal, and a stream that is none."""
 
-import contextlib
 import io
-import os
-import pty
-import select
 from typing import Any
 
 import pytest
 
-from alignment.progress import ProgressLine, ProgressState, advance, duration, render_line
+from alignment.progress import ProgressLines, ProgressState, advance, duration, render_line
 
 
 def step_event(step: int, **changes: Any) -> dict[str, Any]:
@@ -32,9 +28,10 @@ class HandClock:
 
 
 def test_lines_by_hand() -> None:
-    assert render_line(ProgressState(10)) == "step 0/10"
+    assert render_line(ProgressState(10)) == "[..........] step 0/10"
     assert (
-        render_line(ProgressState(10, step=1, phase="rollouts", done=128, total=512)) == "step 1/10 | rollouts 128/512"
+        render_line(ProgressState(10, step=1, phase="rollouts", done=128, total=512))
+        == "[..........] step 1/10 | rollouts 128/512"
     )
     state = ProgressState(
         total_steps=10,
@@ -49,13 +46,13 @@ def test_lines_by_hand() -> None:
     )
     # 7 steps to go at the median of 7 s
     assert render_line(state) == (
-        "step 4/10 | update | reward 0.412, selected 1.870 | validation -0.500 | 850 tokens/s | 49 s left"
+        "[###.......] step 4/10 | update | reward 0.412, selected 1.870 | validation -0.500 | 850 tokens/s | 49 s left"
     )
 
 
 def test_nothing_is_left_after_the_last_step() -> None:
     state = advance(ProgressState(2, finished_steps=1, step_seconds=(5.0,)), step_event(2))
-    assert render_line(state) == "step 2/2 | reward 0.412, selected 1.870 | 850 tokens/s"
+    assert render_line(state) == "[##########] step 2/2 | reward 0.412, selected 1.870 | 850 tokens/s"
 
 
 def test_an_empty_selection_is_said() -> None:
@@ -90,65 +87,21 @@ def test_durations(seconds: float, text: str) -> None:
 
 def test_a_file_gets_a_line_per_step_and_one_every_ten_seconds() -> None:
     stream, clock = io.StringIO(), HandClock()
-    with contextlib.closing(ProgressLine(2, stream, clock)) as line:
-        for second in range(26):
-            clock.now = 100.0 + second
-            line.update(phase_event(1, second))
-        line.update(step_event(1))
-        line.update({"kind": "note", "text": "checkpoint\r\x1b[2J saved"})
-        line.update(phase_event(2, 1))
-        clock.now += 6
-        line.update(step_event(2))
+    line = ProgressLines(2, stream, clock)
+    for second in range(26):
+        clock.now = 100.0 + second
+        line.update(phase_event(1, second))
+    line.update(step_event(1))
+    line.update({"kind": "note", "text": "checkpoint\r\x1b[2J saved"})
+    line.update(phase_event(2, 1))
+    clock.now += 6
+    line.update(step_event(2))
     assert stream.getvalue().splitlines() == [
-        "step 1/2 | rollouts 10/512",
-        "step 1/2 | rollouts 20/512",
-        "step 1/2 | reward 0.412, selected 1.870 | 850 tokens/s | 6 s left",
+        "[..........] step 1/2 | rollouts 10/512",
+        "[..........] step 1/2 | rollouts 20/512",
+        "[#####.....] step 1/2 | reward 0.412, selected 1.870 | 850 tokens/s | 6 s left",
         "checkpoint  [2J saved",
-        "step 2/2 | reward 0.412, selected 1.870 | 850 tokens/s",
+        "[##########] step 2/2 | reward 0.412, selected 1.870 | 850 tokens/s",
     ]
     assert all(c == "\n" or c.isprintable() for c in stream.getvalue())
     assert line.state.step_seconds == (6.0, 6.0)  # the first by its phases, the second by the clock
-
-
-def written_to(terminal: int) -> str:
-    """What has been written to a pseudo-terminal since the last call; a read gives one piece of it."""
-    pieces = []
-    while select.select([terminal], [], [], 0.2)[0]:
-        pieces.append(os.read(terminal, 10_000))
-    return b"".join(pieces).decode()
-
-
-def screen(output: str) -> list[str]:
-    """The lines that a terminal shows: a carriage return moves to the start of the line and erases nothing."""
-    lines = []
-    for printed in output.replace("\r\n", "\n").split("\n"):
-        shown = ""
-        for piece in printed.split("\r"):
-            shown = piece + shown[len(piece) :]
-        lines.append(shown.rstrip())
-    return lines
-
-
-def test_a_terminal_gets_one_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "40")
-    ours, theirs = pty.openpty()
-    clock = HandClock()
-    with os.fdopen(theirs, "w") as stream, contextlib.closing(ProgressLine(9, stream, clock)) as line:
-        line.update(phase_event(1, 111))
-        line.update(phase_event(1, 222))  # too soon to redraw
-        clock.now += 1
-        line.update(phase_event(1, 333))
-        long = written_to(ours)
-        clock.now += 1
-        line.update({"kind": "phase", "step": 1, "phase": "update"})
-        short = written_to(ours)
-        line.update({"kind": "note", "text": "a note"})
-        line.update(step_event(1))
-        clock.now += 1
-        line.update(phase_event(2, 5))
-        line.close()
-        rest = written_to(ours)
-    os.close(ours)
-    assert screen(long) == ["step 1/9 | rollouts 333/512"] and "222" not in long
-    assert screen(long + short) == ["step 1/9 | update"]
-    assert screen(long + short + rest) == ["a note", "step 2/9 | rollouts 5/512 | reward 0.41", ""]

@@ -18,7 +18,7 @@ import pytest
 
 from alignment.atomic_files import disk_errors, write_text
 from alignment.errors import AlignmentError, ConfigError, DataError, DiskError
-from alignment.run_folder import RunFolder, create, write_json
+from alignment.run_folder import RunFolder, create, first_id, write_json
 from alignment.types import Decision, ScoredRollout
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,21 +153,22 @@ def test_a_torn_last_line_is_cut_off_by_the_next_writer(tmp_path: Path) -> None:
         folder.append_metrics({"kind": "step", "step": 3})
         assert [json.loads(x)["step"] for x in folder.metrics.read_text().splitlines()] == [*steps, 3]
         folder.metrics.write_bytes(whole + line[:cut])
-        folder.truncate_metrics(5)
+        folder.truncate_metrics(5, validated=True)
         assert [json.loads(x)["step"] for x in folder.metrics.read_text().splitlines()] == steps
 
 
 def test_truncate_forgets_later_steps_and_validations_only(tmp_path: Path) -> None:
     folder = create(tmp_path, "1", "{}")
-    folder.truncate_metrics(0)  # before anything was written
+    folder.truncate_metrics(0, validated=True)  # before anything was written
     task = {"kind": "task", "name": "iterate", "seconds": 1.5, "step": 9}
     records = [{"kind": "validation", "step": 0}, {"kind": "step", "step": 1}, {"kind": "step", "step": 2}, task]
     for record in [*records, {"kind": "validation", "step": 2}]:
         folder.append_metrics(record)
-    folder.truncate_metrics(1)
-    assert folder.read_metrics() == [records[0], records[1], task]
-    folder.truncate_metrics(1)
-    assert folder.read_metrics() == [records[0], records[1], task]
+    for _ in range(2):
+        folder.truncate_metrics(1, validated=True)
+        assert folder.read_metrics() == [records[0], records[1], task]
+    folder.truncate_metrics(0, validated=False)  # RS step 0 is the base, whose validation is made again
+    assert folder.read_metrics() == [task]
 
 
 @pytest.mark.parametrize("bad", ["{torn", "[1]"])
@@ -189,7 +190,7 @@ def test_appending_and_rewriting_at_once_loses_no_record(tmp_path: Path) -> None
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
-        folder.truncate_metrics(0)
+        folder.truncate_metrics(0, validated=True)
     assert len(folder.read_metrics()) == 80
 
 
@@ -211,9 +212,9 @@ def test_a_writer_killed_at_any_moment_leaves_whole_files(tmp_path: Path) -> Non
         writer.send_signal(signal.SIGKILL)
         writer.communicate()
         assert json.loads(folder.report_json.read_text())["n"] >= written - 1
-        folder.truncate_metrics(written - 1)
+        folder.truncate_metrics(written - 1, validated=True)
         assert [r["step"] for r in folder.read_metrics()] == list(range(written))
-        folder.truncate_metrics(-1)
+        folder.truncate_metrics(-1, validated=True)
 
 
 def test_a_full_disk_is_named_with_its_remedy(tmp_path: Path) -> None:
@@ -259,6 +260,16 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def test_a_first_step_that_is_resumed_keeps_the_first_id(tmp_path: Path) -> None:
+    assert first_id(tmp_path, "1", None) == "1"
+    create(tmp_path, "1", "{}")
+    for _ in range(2):  # a task may be tried again
+        assert first_id(tmp_path, "2", "1") == "1"
+    assert first_id(tmp_path, "3", "2") == "1"  # the resume of a resume
+    assert (tmp_path / "3").resolve() == tmp_path / "1"
+    assert first_id(tmp_path, "5", "4") == "5"  # whose folder is somewhere else
 
 
 def test_two_processes_never_hold_one_run(tmp_path: Path) -> None:

@@ -265,6 +265,28 @@ def test_a_lost_model_process_or_server_is_started_again(tmp_path):
     assert not shared_memory(server.process.pid)
 
 
+def test_a_model_that_hangs_is_started_again(tmp_path):
+    export_tiny(tmp_path)
+    port, log = free_ports(1)[0], tmp_path / "log"
+    impatient = (
+        "import sys, infra.triton as t; t.PULSE_S, t.HUNG_S = 0.5, 2.0\n"
+        f"sys.exit(t.main(['--watch-stdin', '--repository', {str(tmp_path)!r}, '--grpc-port', '{port}']))"
+    )
+    with open(log, "wb") as output:
+        command = [sys.executable, "-c", impatient]
+        server = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=output, stderr=output)
+    with RewardClient(f"127.0.0.1:{port}", timeout_s=5) as client:
+        client.wait_ready(120)
+        before = client.score([("a", "b")])
+        (stub,) = (p for p in descendants(server.pid) if "stub" in command_line(p).split("\0")[0])
+        os.kill(stub, signal.SIGSTOP)
+        assert client.score([("a", "b")]) == before
+    assert "reward_model has answered nobody for 2 s; starting the server again" in log.read_text()
+    server.stdin.close()
+    assert server.wait(30) == 0
+    assert not shared_memory(server.pid)
+
+
 def test_a_model_without_finite_rewards_never_gets_ready(tmp_path):
     model, tokenizer = tiny_reward_model()
     with torch.no_grad():

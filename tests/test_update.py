@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alignment.config import TrainingSection
+from alignment.config_sections import TrainingSection
 from alignment.engine import Ranks, gradient_accumulation_steps, learning_rate
 from alignment.errors import TrainingError
 from alignment.update import _check_finite, deal
@@ -26,7 +26,7 @@ def run_update(tmp_path, ranks, steps=1, plain=True, options=(), **settings):
     settings = {"gradient_clip": 1e9, "global_batch_size": 8, **settings}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += [str(ROOT / "tests/update_ranks.py"), json.dumps(settings), str(tmp_path / "out"), str(steps)]
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     words = [*(["--plain-gradient"] if plain else []), *options]
     subprocess.run([*command, *words], check=True, env=env, timeout=180)
     return load_file(tmp_path / "out.safetensors"), json.loads((tmp_path / "out.json").read_text())

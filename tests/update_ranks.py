@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from alignment import engine as engines
-from alignment.config import TrainingSection
+from alignment.config_sections import TrainingSection
 from alignment.types import Rollout
 from alignment.update import update
 from tiny import EOS, random_rows, tiny_llama

@@ -1,0 +1,128 @@
+"""Going on from another run: `--set resume.from=RUN` begins a new run where RUN's last verified checkpoint stands.
+
+What makes the task (seed, policy, prompts, reward model, judge) must be as it was, so that no prompt is repeated
+or skipped and the rewards stay comparable. All else may change: the number of steps or workers, the learning
+rate, the selection. The new run gets the prompts, scorers, rollouts, metrics and checkpoints so far, so that it
+is complete by itself; files that never change are hard links where the disk allows it.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from alignment.atomic_files import disk_errors, write_json, write_text
+from alignment.config import Config, parse_config
+from alignment.errors import AlignmentError, CheckpointError, ConfigError
+from alignment.run_folder import RunFolder
+
+SERVING = ("repository", "url", "version", "grpc_port", "timeout_s", "patience_s", "token_budget")
+"""Keys of `reward` that say how a reward model is served, not which one it is."""
+
+
+def task_of(config: Config) -> dict[str, Any]:
+    """The keys, as dotted paths, that all checkpoints of a run and of those that go on from it have in common."""
+    values = config.model_dump(mode="json")
+    kept: dict[str, Any] = {
+        "seed": values["seed"],
+        **{f"{name}.{key}": value for name in ("policy", "prompts", "judge") for key, value in values[name].items()},
+        **{f"reward.{key}": value for key, value in values["reward"].items() if key not in SERVING},
+        "rollouts.num_rollout_samples": config.rollouts.num_rollout_samples,
+        "validation.num_prompts": config.validation.num_prompts,
+        "evaluation.num_prompts": config.evaluation.num_prompts,
+    }
+    return kept
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """The keys in which two flat configs differ, as `key (theirs, ours)`."""
+    keys = [*theirs, *(key for key in ours if key not in theirs)]
+    return [
+        f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} here)" for key in keys if theirs.get(key) != ours.get(key)
+    ]
+
+
+def check_same_task(config: Config, checkpoint: Path) -> None:
+    """Raise CheckpointError for a checkpoint that was made for another task than the config's."""
+    path = checkpoint / "run_config.json"
+    try:
+        theirs = parse_config(path.read_text())
+    except (OSError, AlignmentError) as error:
+        raise CheckpointError(f"{path} cannot be read as a config: {error}") from error
+    different = differences(task_of(theirs), task_of(config))
+    if different:
+        raise CheckpointError(f"{checkpoint} is a checkpoint of another task: {', '.join(different)}")
+
+
+def adopt(config: Config, run: RunFolder) -> dict[str, int]:
+    """Fill a new run's folder from `resume.from`; returns the sizes of the prompt sets. Raises AlignmentError."""
+    from alignment.preparation import load_prompt_sets
+    from models.checkpoints import finished, last_checkpoint
+
+    source = _source(config)
+    checkpoint = last_checkpoint(source.checkpoints)
+    if checkpoint is None:
+        raise CheckpointError(f"resume.from ({source.path}) has no finished checkpoint: resume that run, or start anew")
+    different = differences(task_of(parse_config(source.config.read_text())), task_of(config))
+    if different:
+        raise ConfigError(
+            f"resume.from ({source.path}) was another task: {', '.join(different)}. Keep these keys, or start a new "
+            f"run with policy.model={checkpoint.uri}"
+        )
+    with disk_errors(run.path):
+        for name in ("prompts", "judge", "lineage"):
+            _link_tree(source.path / name, run.path / name)
+        _link(source.path / "excluded_prompts.jsonl", run.path / "excluded_prompts.jsonl")
+        for step in range(1, checkpoint.step + 1):
+            _link(source.rollouts_file(step), run.rollouts_file(step))
+        for folder in finished(source.checkpoints):
+            _adopt_checkpoint(folder, run.checkpoints / folder.name)
+    scorers = json.loads(source.scorers.read_text())
+    scorers["judge"]["uri"] = str(run.path / "judge")
+    write_json(run.scorers, scorers)
+    _adopt_metrics(source, run, checkpoint.step)
+    return {name: len(getattr(load_prompt_sets(run.path), name)) for name in ("train", "validation", "evaluation")}
+
+
+def _source(config: Config) -> RunFolder:
+    name = str(config.resume.from_)
+    for path in (Path(config.run.root) / name, Path(name).expanduser()):
+        if (path / "config.json").is_file():
+            return RunFolder(path.resolve())
+    raise ConfigError(f"resume.from ({name}): no run of that id in {config.run.root}, and no run folder of that name")
+
+
+def _adopt_metrics(source: RunFolder, run: RunFolder, last: int) -> None:
+    """The records up to RS step `last`, each with the id of the run whose time it took."""
+    kinds = ("step", "validation")
+    records = [r for r in source.read_metrics() if r.get("kind") in kinds and r["step"] <= last]
+    lines = [json.dumps({"run_id": source.path.name, **record}) + "\n" for record in records]
+    write_text(run.metrics, "".join(lines))
+
+
+def _adopt_checkpoint(folder: Path, place: Path) -> None:
+    """A finished checkpoint under the new run, whole or not at all."""
+    if place.exists():
+        return
+    staging = place.with_name(f".{place.name}.adopted")
+    shutil.rmtree(staging, ignore_errors=True)
+    _link_tree(folder, staging)
+    staging.rename(place)
+
+
+def _link_tree(source: Path, place: Path) -> None:
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            _link(path, place / path.relative_to(source))
+
+
+def _link(source: Path, place: Path) -> None:
+    """A second name for a file that is only ever replaced, never written into; a copy on another disk."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.unlink(missing_ok=True)
+    try:
+        os.link(source, place)
+    except OSError:
+        shutil.copyfile(source, place)

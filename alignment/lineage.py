@@ -1,0 +1,217 @@
+"""What made a checkpoint: questions to a run's folder, answered a year later.
+
+    python -m alignment.lineage RUN              the chain from its newest checkpoint down to the base
+    python -m alignment.lineage RUN --step K     the prompts of RS step K, what was selected, and why
+    python -m alignment.lineage RUN --diff OTHER what differs between two runs
+    python -m alignment.lineage RUN --verify     every digest, recomputed; exit status 1 where one is wrong
+
+RUN is a run's folder, or its id under `runs/` (`latest` too). Each manifest names its parent's weights and the
+sha256 of its parent's manifest, so the chain cannot be changed anywhere without changing its newest link. All
+manifests are kept in `lineage/`, also of checkpoints that were pruned.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignment.config import parse_config
+from alignment.continuation import differences
+from alignment.errors import AlignmentError, CheckpointError, DataError
+from alignment.run_folder import RunFolder
+from models.checkpoints import finished, read_manifest, sha256_file, verify
+
+Manifest = Mapping[str, Any]
+
+
+def chain(run: RunFolder) -> list[Manifest]:
+    """Manifests from the newest checkpoint down to the first, each checked against what its child says of it.
+
+    Raises CheckpointError for a run without a checkpoint, and for a link that is missing or was changed.
+    """
+    folders = finished(run.checkpoints)
+    if not folders:
+        raise CheckpointError(f"{run.checkpoints} holds no finished checkpoint")
+    links: list[Manifest] = [read_manifest(folders[-1])]
+    while "step" in (parent := links[-1]["parent"]):
+        path = run.lineage / f"step-{parent['step']:06d}.json"
+        if not path.is_file() or sha256_file(path) != parent["manifest_sha256"]:
+            raise CheckpointError(f"{path} is missing or not the one that RS step {links[-1]['step']} went on from")
+        links.append(_read(path))
+    return links
+
+
+def describe(run: RunFolder) -> Iterator[str]:
+    """Lines on what made the newest checkpoint."""
+    links = chain(run)
+    newest = links[0]
+    yield f"checkpoint of RS step {newest['step']}, run {newest['run_id']}, weights {newest['weights_sha256']}"
+    yield f"  made       {newest['created']} by {_code(newest['code'])}"
+    yield "  packages   " + ", ".join(f"{name} {version}" for name, version in newest["packages"].items())
+    for name in ("reward_model", "judge"):
+        yield f"  {name:<12} " + ", ".join(f"{k} {v}" for k, v in (newest[name] or {}).items())
+    selection = parse_config(run.config.read_text()).selection
+    yield "  selection  " + ", ".join(f"{k} {v}" for k, v in selection.model_dump().items() if v is not None)
+    position = newest["position"]
+    yield f"  prompts    {position['prompts_read']} read by seed {position['seed']}, in epoch {position['epoch']}"
+    yield from (f"  data       {name} {digest}" for name, digest in newest["data"].items())
+    yield "chain, newest first:"
+    for link in links:
+        steps = f"{len(link['rollouts'])} RS steps of rollouts"
+        reward = f", validation reward {link['validation']['reward_mean']:.4f}" if link["validation"] else ""
+        yield f"  step {link['step']} of run {link['run_id']}: weights {link['weights_sha256'][:12]}, {steps}{reward}"
+    base = links[-1]["parent"]
+    yield f"  base {base['model']}: weights {(base.get('weights_sha256') or base.get('revision') or 'unknown')[:12]}"
+
+
+def describe_step(run: RunFolder, step: int) -> Iterator[str]:
+    """Lines on every response of one RS step: selected or not, its reward, and the reason. Raises DataError."""
+    rows = run.read_rollouts(step)
+    models = {f"{row['reward_model']} version {row['reward_model_version']}" for row in rows}
+    selected = sum(row["selected"] for row in rows)
+    yield f"RS step {step}: {selected} of {len(rows)} responses selected, scored by {', '.join(sorted(models))}"
+    prompt_id = None
+    for row in rows:
+        if row["prompt_id"] != prompt_id:
+            prompt_id = row["prompt_id"]
+            yield f"{prompt_id}: {row['prompt']!r}"
+        mark = "+" if row["selected"] else " "
+        yield f" {mark} {row['rollout_index']:>3} {row['reward']:+.4f} {row['reason']}: {row['response']!r}"
+
+
+def describe_difference(run: RunFolder, other: RunFolder) -> Iterator[str]:
+    """Lines on what differs between two runs: config, code, packages, data, scorers, decisions, weights."""
+    ours, theirs = (_flat(json.loads(r.config.read_text())) for r in (run, other))
+    links = [chain(r)[0] for r in (run, other)]
+    for name in ("code", "packages", "data", "reward_model", "judge"):
+        ours |= _flat({name: links[0][name]})
+        theirs |= _flat({name: links[1][name]})
+    found = differences(theirs, ours)
+    yield f"{other.path} (there) and {run.path} (here):"
+    yield from (f"  {line}" for line in found)
+    step = _first_other_decision(run, other)
+    common = min(links[0]["step"], links[1]["step"])
+    yield (
+        f"  decisions differ from RS step {step} on"
+        if step
+        else f"  the same decisions in all {common} common RS steps"
+    )
+    same = links[0]["weights_sha256"] == links[1]["weights_sha256"]
+    steps = f"RS step {links[1]['step']} there, {links[0]['step']} here"
+    yield f"  {'the same' if same else 'other'} weights at the end ({steps})"
+
+
+def check(run: RunFolder) -> Iterator[tuple[bool, str]]:
+    """Every digest of a run, recomputed: (whether it is right, what was looked at)."""
+    try:
+        links = chain(run)
+        yield True, f"chain of {len(links)} manifests down to the base"
+    except (AlignmentError, KeyError) as error:
+        yield False, f"chain: {error}"
+        return
+    for folder in finished(run.checkpoints):
+        try:
+            verify(folder)
+            yield True, f"checkpoint {folder.name}"
+        except CheckpointError as error:
+            yield False, f"checkpoint {folder.name}: {error}"
+    for name, digest in links[0]["data"].items():
+        yield _matches(run.prompts / name, digest)
+    for link in reversed(links):
+        for name, digest in link["rollouts"].items():
+            yield _matches(run.rollouts / name, digest)
+    yield from _check_reward_model(run, links[0])
+
+
+def _check_reward_model(run: RunFolder, newest: Manifest) -> Iterator[tuple[bool, str]]:
+    from models.reward_export import read_version
+
+    reward = json.loads(run.scorers.read_text())["reward_model"]
+    if not reward["repository"]:
+        return  # of an external server: its weights were never seen here
+    what = f"reward model {reward['name']} version {reward['version']}"
+    try:
+        found = read_version(Path(reward["repository"]), reward["name"], reward["version"]).digest
+    except AlignmentError as error:
+        yield False, f"{what}: {error}"
+        return
+    yield found == newest["reward_model"]["digest"], f"{what}, digest {found[:12]}"
+
+
+def _matches(path: Path, digest: str) -> tuple[bool, str]:
+    if not path.is_file():
+        return False, f"{path} is missing"
+    return sha256_file(path) == digest, f"{path.parent.name}/{path.name}"
+
+
+def _first_other_decision(run: RunFolder, other: RunFolder) -> int | None:
+    """The first RS step in which two runs read other prompts, drew other responses or chose others."""
+    keys = ("prompt_id", "rollout_index", "response", "selected")
+    step = 1
+    while run.rollouts_file(step).exists() and other.rollouts_file(step).exists():
+        ours, theirs = ([tuple(row[k] for k in keys) for row in r.read_rollouts(step)] for r in (run, other))
+        if ours != theirs:
+            return step
+        step += 1
+    return None
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _read(path: Path) -> Manifest:
+    try:
+        manifest: Manifest = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return manifest
+
+
+def _code(code: Mapping[str, Any]) -> str:
+    commit = f", commit {code['commit'][:12]}{' with changes' if code['dirty'] else ''}" if code["commit"] else ""
+    return f"sources {code['sha256'][:12]}{commit}"
+
+
+def _run(name: str) -> RunFolder:
+    for path in (Path(name), Path("runs") / name):
+        if (path / "config.json").is_file():
+            return RunFolder(path.resolve())
+    raise DataError(f"{name}: no run folder of that name, and no run of that id in runs/")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: 0, or 1 where a digest is wrong or the run cannot be read."""
+    parser = argparse.ArgumentParser(
+        prog="python -m alignment.lineage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", help="a run's folder, or its id under runs/")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--step", type=int, help="the decisions of this RS step")
+    what.add_argument("--diff", metavar="OTHER", help="what differs from this run")
+    what.add_argument("--verify", action="store_true", help="recompute every digest")
+    options = parser.parse_args(arguments)
+    try:
+        run = _run(options.run)
+        if options.verify:
+            results = list(check(run))
+            print(*(f"{'ok    ' if right else 'WRONG '} {what}" for right, what in results), sep="\n")
+            return 0 if all(right for right, _ in results) else 1
+        if options.step is not None:
+            lines = describe_step(run, options.step)
+        else:
+            lines = describe_difference(run, _run(options.diff)) if options.diff else describe(run)
+        print(*lines, sep="\n")
+    except AlignmentError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Where a checkpoint comes from: parent, prompts, rollouts, reward model, code and packages, for its manifest.
+
+`alignment.lineage` reads it back.
+"""
+
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from alignment.atomic_files import write_text
+from alignment.config import Config
+from alignment.launch import SOURCE_ROOT
+from alignment.run_folder import RunFolder
+from models.checkpoints import checkpoint_folder, finished, newest_checkpoint, read_manifest, sha256_file
+
+PACKAGES = (
+    *("torch", "transformers", "deepspeed", "safetensors", "tokenizers", "numpy", "pyarrow"),
+    *("metaflow", "tritonclient", "nvidia-pytriton"),
+)
+SOURCES = ("alignment", "models", "infra", "triton_repo", "flows")
+
+
+def provenance(run: RunFolder, config: Config, step: int, base: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest of RS step `step` says of its origin; `base` describes the policy before the first step."""
+    parent = _parent(run, step, base)
+    samples = config.rollouts.num_rollout_samples
+    num_prompts = _count_lines(run.prompts / "train.jsonl")
+    return {
+        "run_id": run.path.name,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "parent": parent,
+        "reward_model": _scorer(run, "reward_model"),
+        "judge": _scorer(run, "judge"),
+        # All randomness is a function of these: there is no generator whose state could be saved.
+        "position": {
+            "seed": config.seed,
+            "rs_steps": step,
+            "prompts_read": step * samples,
+            "epoch": step // (num_prompts // samples),
+        },
+        "data": {name: sha256_file(run.prompts / name) for name in sorted(p.name for p in run.prompts.glob("*.jsonl"))},
+        "rollouts": _rollout_digests(run, first=parent.get("step", 0) + 1, last=step),
+        "code": code_version(),
+        "packages": package_versions(),
+    }
+
+
+def keep_manifests(run: RunFolder) -> None:
+    """Copy the manifests of all finished checkpoints to `lineage/`, before any is pruned. Raises DiskError."""
+    for folder in finished(run.checkpoints):
+        text, kept = (folder / "manifest.json").read_text(), run.lineage / f"{folder.name}.json"
+        if not kept.exists() or kept.read_text() != text:
+            write_text(kept, text)
+
+
+def describe_base(source: str, folder: Path | str, model_config: Any) -> dict[str, Any]:
+    """The policy that a run starts from: its name, and the sha256 of its weights or the hub's revision."""
+    if not Path(folder).is_dir():
+        return {"model": source, "revision": getattr(model_config, "_commit_hash", None)}
+    sums = [sha256_file(path) for path in sorted(Path(folder).glob("*.safetensors"))]
+    return {
+        "model": source,
+        "weights_sha256": sums[0] if len(sums) == 1 else hashlib.sha256("\n".join(sums).encode()).hexdigest(),
+    }
+
+
+@functools.cache
+def code_version() -> dict[str, Any]:
+    """sha256 over this program's sources, and the commit where they are a git checkout (with `dirty` if changed)."""
+    sha = hashlib.sha256()
+    for folder in SOURCES:
+        for path in sorted((SOURCE_ROOT / folder).rglob("*.py")):
+            sha.update(f"{path.relative_to(SOURCE_ROOT)}\n{sha256_file(path)}\n".encode())
+    commit = _git("rev-parse", "HEAD")
+    dirty = bool(_git("status", "--porcelain", "--", *SOURCES)) if commit else None
+    return {"sha256": sha.hexdigest(), "commit": commit or None, "dirty": dirty}
+
+
+@functools.cache
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that results depend on, those that are installed here."""
+    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    return {name: installed[name] for name in PACKAGES if name in installed}
+
+
+def _parent(run: RunFolder, step: int, base: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint that this one went on from, or the base."""
+    again = checkpoint_folder(run.checkpoints, step)
+    if (again / "DONE").exists():  # saved a second time, with its validation
+        return dict(read_manifest(again)["parent"])
+    newest = newest_checkpoint(run.checkpoints)
+    if newest is None:
+        return dict(base)
+    manifest = read_manifest(Path(newest.uri))
+    named = {key: manifest[key] for key in ("run_id", "step", "weights_sha256")}
+    return {**named, "manifest_sha256": sha256_file(Path(newest.uri) / "manifest.json")}
+
+
+def _scorer(run: RunFolder, name: str) -> dict[str, Any] | None:
+    if not run.scorers.exists():
+        return None
+    found: dict[str, Any] = json.loads(run.scorers.read_text())[name]
+    return {key: value for key, value in found.items() if key in ("name", "version", "digest", "accuracy")}
+
+
+def _rollout_digests(run: RunFolder, *, first: int, last: int) -> dict[str, str]:
+    return {run.rollouts_file(step).name: sha256_file(run.rollouts_file(step)) for step in range(first, last + 1)}
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
+def _git(*arguments: str) -> str:
+    """What git prints of the source tree; "" where there is no git or no checkout."""
+    try:
+        done = subprocess.run(["git", "-C", str(SOURCE_ROOT), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
