@@ -24,7 +24,7 @@ test: $(DEV_STAMP) lint
 
 ## Kills at every moment, one after the other: minutes of starting over.
 test-slow: $(DEV_STAMP)
-	$(BIN)/python -m pytest -m slow -n 2 tests/test_interruptions.py
+	$(BIN)/python -m pytest -m slow -n 2 tests/test_interruptions.py tests/test_flow.py
 
 test-all: test test-slow
 

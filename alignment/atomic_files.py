@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from alignment.errors import DiskError
 
-MOVE = "or go on elsewhere by a new run: --set resume.from=RUN --set run.root=DIR"
+MOVE = "or go on elsewhere by a new run: --set resume.from=FOLDER_OF_THIS_RUN --set run.root=DIR"
 REMEDIES = {
     errno.ENOSPC: f"free some space and resume the run, {MOVE}",
     errno.EDQUOT: f"your disk quota is used up: free some space and resume the run, {MOVE}",

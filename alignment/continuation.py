@@ -16,6 +16,7 @@ from typing import Any
 from alignment.atomic_files import disk_errors, write_json, write_text
 from alignment.config import Config, parse_config
 from alignment.errors import AlignmentError, CheckpointError, ConfigError
+from alignment.preparation import load_prompt_sets
 from alignment.run_folder import RunFolder
 
 SERVING = ("repository", "url", "version", "grpc_port", "timeout_s", "patience_s", "token_budget")
@@ -44,8 +45,18 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
     ]
 
 
-def check_same_task(config: Config, checkpoint: Path) -> None:
-    """Raise CheckpointError for a checkpoint that was made for another task than the config's."""
+def check_own(config: Config, run: RunFolder, checkpoint: Path) -> None:
+    """Raise CheckpointError for a checkpoint that was made for another task, or by a run that this one is not.
+
+    A checkpoint of another run is this one's if its manifest came with `resume.from`.
+    """
+    manifest, copy = checkpoint / "manifest.json", run.lineage / f"{checkpoint.name}.json"
+    adopted = copy.is_file() and copy.read_bytes() == manifest.read_bytes()
+    origin = json.loads(manifest.read_text())["run_id"]
+    if origin != run.path.name and not adopted:
+        raise CheckpointError(
+            f"{checkpoint} was written by the run {origin}: go on from it by --set resume.from={origin}"
+        )
     path = checkpoint / "run_config.json"
     try:
         theirs = parse_config(path.read_text())
@@ -56,12 +67,12 @@ def check_same_task(config: Config, checkpoint: Path) -> None:
         raise CheckpointError(f"{checkpoint} is a checkpoint of another task: {', '.join(different)}")
 
 
-def adopt(config: Config, run: RunFolder) -> dict[str, int]:
-    """Fill a new run's folder from `resume.from`; returns the sizes of the prompt sets. Raises AlignmentError."""
-    from alignment.preparation import load_prompt_sets
+def adopt(config: Config, source: RunFolder, run: RunFolder) -> None:
+    """Fill a new run's folder from the run that `resume.from` names; once, however often. Raises AlignmentError."""
     from models.checkpoints import finished, last_checkpoint
 
-    source = _source(config)
+    if run.scorers.exists():  # written last: a first step that is done again must not undo what came after it
+        return
     checkpoint = last_checkpoint(source.checkpoints)
     if checkpoint is None:
         raise CheckpointError(f"resume.from ({source.path}) has no finished checkpoint: resume that run, or start anew")
@@ -71,6 +82,8 @@ def adopt(config: Config, run: RunFolder) -> dict[str, int]:
             f"resume.from ({source.path}) was another task: {', '.join(different)}. Keep these keys, or start a new "
             f"run with policy.model={checkpoint.uri}"
         )
+    scorers = json.loads(source.scorers.read_text())
+    _check_goes_on(config, source, checkpoint.step, scorers["reward_model"]["version"])
     with disk_errors(run.path):
         for name in ("prompts", "judge", "lineage"):
             _link_tree(source.path / name, run.path / name)
@@ -79,15 +92,31 @@ def adopt(config: Config, run: RunFolder) -> dict[str, int]:
             _link(source.rollouts_file(step), run.rollouts_file(step))
         for folder in finished(source.checkpoints):
             _adopt_checkpoint(folder, run.checkpoints / folder.name)
-    scorers = json.loads(source.scorers.read_text())
+    _adopt_metrics(source, run, checkpoint.step)
     scorers["judge"]["uri"] = str(run.path / "judge")
     write_json(run.scorers, scorers)
-    _adopt_metrics(source, run, checkpoint.step)
-    return {name: len(getattr(load_prompt_sets(run.path), name)) for name in ("train", "validation", "evaluation")}
 
 
-def _source(config: Config) -> RunFolder:
-    name = str(config.resume.from_)
+def _check_goes_on(config: Config, source: RunFolder, done: int, version: str) -> None:
+    """Raise ConfigError where the config asks for what a run that goes on cannot give."""
+    total = config.total_steps(len(load_prompt_sets(source.path).train))
+    if total <= done:
+        raise ConfigError(
+            f"resume.from ({source.path}) has {done} RS steps behind it, and this run is to have {total}: "
+            "raise loop.max_steps or loop.max_epochs"
+        )
+    if config.reward.version not in ("", version):
+        raise ConfigError(
+            f"reward.version ({config.reward.version}) is not the {version} that resume.from ({source.path}) scored "
+            "with: unset it, or start a new run"
+        )
+
+
+def find_source(config: Config) -> RunFolder | None:
+    """The run that `resume.from` names by its id under run.root or its folder; None without. Raises ConfigError."""
+    name = config.resume.from_
+    if name is None:
+        return None
     for path in (Path(config.run.root) / name, Path(name).expanduser()):
         if (path / "config.json").is_file():
             return RunFolder(path.resolve())

@@ -115,7 +115,7 @@ def train(
     result = StepUpdate(**next(e["update"] for e in events if e["kind"] == "update"))
     took = {**seconds, "update": time.monotonic() - begun}
     record = step_record(step, [_scored(r) for r in scored], [Decision(**d) for d in decisions], result, took)
-    run.truncate_metrics(step - 1, validated=True)
+    run.truncate_metrics(step - 1)
     run.append_metrics(record)
     return asdict(checkpoint)
 

@@ -11,8 +11,8 @@ from alignment.embedded import policy_folder
 from alignment.preparation import cache_folder
 from alignment.run_folder import RunFolder
 
-CPU_BYTES, GPU_BYTES = 4 + 8, 2 + 12
-"""Bytes a parameter in a checkpoint: fp32 weights and two moments; bf16 weights, fp32 masters and moments."""
+WEIGHTS, MOMENTS, MASTERS = 4, 8, 4
+"""Bytes a parameter in a checkpoint: fp32 weights (half of that in bf16, on GPUs), two moments, ZeRO's fp32 copy."""
 TEXT_BYTES_PER_TOKEN = 2
 """Of a rollout's prompt and response in Parquet, compressed: some 4 characters a token."""
 
@@ -22,7 +22,9 @@ def disk_needs(config: Config, run: RunFolder, total_steps: int) -> str:
     folder = Path(policy_folder(config.policy.model, cache_folder(config)))
     if not folder.is_dir():
         return f"disk: the size of {config.policy.model} is not known before it is downloaded; {_free(run)} is free"
-    one = count_parameters(folder) * (GPU_BYTES if config.resources.gpu else CPU_BYTES)
+    on_gpu = config.resources.gpu > 0
+    each = WEIGHTS / 2 + MOMENTS + MASTERS if on_gpu else WEIGHTS + MOMENTS + MASTERS * (config.training.zero_stage > 0)
+    one = count_parameters(folder) * each
     count = min(total_steps, config.loop.keep_last + config.loop.keep_best) + 1  # one more while it is written
     rollouts, tokens = config.rollouts, config.prompts.max_prompt_tokens + config.rollouts.max_new_tokens
     rows = total_steps * rollouts.num_rollout_samples * rollouts.num_rollouts_per_prompt

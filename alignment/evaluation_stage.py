@@ -33,7 +33,7 @@ def evaluate(
     from models.checkpoints import best_checkpoint
 
     claim_devices(config)
-    checkpoint = best_checkpoint(run.checkpoints)
+    checkpoint = best_checkpoint(run.checkpoints, run.validations())
     if checkpoint is None:
         raise CheckpointError(f"{run.checkpoints} holds no finished checkpoint: resume the run")
     begun = time.monotonic()

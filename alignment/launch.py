@@ -57,6 +57,7 @@ def run_workers(
         start_new_session=True,  # Ctrl-C reaches the step, which then ends the workers in order
     )
     reported: list[AlignmentError] = []
+    stopped = False
     threading.Thread(target=_watch, args=(process, check, reported), daemon=True).start()
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     try:
@@ -68,13 +69,14 @@ def run_workers(
             elif event["kind"] == "error":
                 reported.append(getattr(errors, event["type"])(event["text"]))
             else:
+                stopped = stopped or event["kind"] == "stopped"
                 on_event(event)
         status = process.wait()
     finally:
         stop(process, grace_s)
     if reported:
         raise reported[0]
-    if status:
+    if status and not stopped:  # a launcher that was told to end says so by its status
         print(*tail, sep="\n", file=sys.stderr)
         raise WorkerError(f"a worker ended with status {status}; its last lines are above. Resume continues the run")
 

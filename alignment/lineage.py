@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.config import parse_config
 from alignment.continuation import differences
 from alignment.errors import AlignmentError, CheckpointError, DataError
+from alignment.provenance import metrics_digest
 from alignment.run_folder import RunFolder
 from models.checkpoints import finished, read_manifest, sha256_file, verify
 
@@ -45,23 +45,24 @@ def chain(run: RunFolder) -> list[Manifest]:
 
 def describe(run: RunFolder) -> Iterator[str]:
     """Lines on what made the newest checkpoint."""
-    links = chain(run)
+    links, validations = chain(run), run.validations()
     newest = links[0]
     yield f"checkpoint of RS step {newest['step']}, run {newest['run_id']}, weights {newest['weights_sha256']}"
-    yield f"  made       {newest['created']} by {_code(newest['code'])}"
-    yield "  packages   " + ", ".join(f"{name} {version}" for name, version in newest["packages"].items())
+    yield f"  made         {newest['created']} by {_code(newest['code'])}"
+    yield "  packages     " + ", ".join(f"{name} {version}" for name, version in newest["packages"].items())
     for name in ("reward_model", "judge"):
-        yield f"  {name:<12} " + ", ".join(f"{k} {v}" for k, v in (newest[name] or {}).items())
-    selection = parse_config(run.config.read_text()).selection
-    yield "  selection  " + ", ".join(f"{k} {v}" for k, v in selection.model_dump().items() if v is not None)
+        named = {k: v for k, v in newest[name].items() if k != "files"}
+        yield f"  {name:<12} " + ", ".join(f"{k} {v}" for k, v in named.items())
+    yield "  selection    " + ", ".join(f"{k} {v}" for k, v in newest["selection"].items() if v is not None)
     position = newest["position"]
-    yield f"  prompts    {position['prompts_read']} read by seed {position['seed']}, in epoch {position['epoch']}"
-    yield from (f"  data       {name} {digest}" for name, digest in newest["data"].items())
+    yield f"  prompts      {position['prompts_read']} read by seed {position['seed']}, in epoch {position['epoch']}"
+    yield from (f"  data         {name} {digest}" for name, digest in newest["data"].items())
     yield "chain, newest first:"
     for link in links:
         steps = f"{len(link['rollouts'])} RS steps of rollouts"
-        reward = f", validation reward {link['validation']['reward_mean']:.4f}" if link["validation"] else ""
-        yield f"  step {link['step']} of run {link['run_id']}: weights {link['weights_sha256'][:12]}, {steps}{reward}"
+        reward = f", validation reward {validations[link['step']]:.4f}" if link["step"] in validations else ""
+        what = f"weights {link['weights_sha256'][:12]}, {steps} selected by {link['selection']['strategy']}"
+        yield f"  step {link['step']} of run {link['run_id']}: {what}{reward}"
     base = links[-1]["parent"]
     yield f"  base {base['model']}: weights {(base.get('weights_sha256') or base.get('revision') or 'unknown')[:12]}"
 
@@ -108,17 +109,28 @@ def check(run: RunFolder) -> Iterator[tuple[bool, str]]:
     try:
         links = chain(run)
         yield True, f"chain of {len(links)} manifests down to the base"
-    except (AlignmentError, KeyError) as error:
+    except AlignmentError as error:
         yield False, f"chain: {error}"
         return
     for folder in finished(run.checkpoints):
         try:
             verify(folder)
-            yield True, f"checkpoint {folder.name}"
+            kept = run.lineage / f"{folder.name}.json"
+            yield _same(folder / "manifest.json", kept), f"checkpoint {folder.name}, and its manifest in the chain"
         except CheckpointError as error:
             yield False, f"checkpoint {folder.name}: {error}"
     for name, digest in links[0]["data"].items():
         yield _matches(run.prompts / name, digest)
+    for name, digest in links[0]["judge"]["files"].items():
+        yield _matches(run.path / "judge" / name, digest)
+    yield (
+        metrics_digest(run, links[0]["step"]) == links[0]["metrics_sha256"],
+        "metrics.jsonl up to the newest checkpoint",
+    )
+    went_on = json.loads(run.config.read_text())["resume"]["from"]
+    if not went_on or links[0]["run_id"] == run.path.name:  # else the newest checkpoint may be the other run's
+        saved = finished(run.checkpoints)[-1] / "run_config.json"
+        yield _same_json(saved, run.config), "config.json, as the newest checkpoint has it"
     for link in reversed(links):
         for name, digest in link["rollouts"].items():
             yield _matches(run.rollouts / name, digest)
@@ -137,7 +149,15 @@ def _check_reward_model(run: RunFolder, newest: Manifest) -> Iterator[tuple[bool
     except AlignmentError as error:
         yield False, f"{what}: {error}"
         return
-    yield found == newest["reward_model"]["digest"], f"{what}, digest {found[:12]}"
+    yield found == newest["reward_model"].get("digest"), f"{what}, digest {found[:12]}"
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.is_file() and one.read_bytes() == other.read_bytes()
+
+
+def _same_json(one: Path, other: Path) -> bool:
+    return bool(json.loads(one.read_text()) == json.loads(other.read_text()))
 
 
 def _matches(path: Path, digest: str) -> tuple[bool, str]:
@@ -209,6 +229,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(*lines, sep="\n")
     except AlignmentError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyError as error:
+        print(
+            f"CheckpointError: a manifest of {options.run} lacks {error}: not written by this program", file=sys.stderr
+        )
         return 1
     return 0
 

@@ -33,8 +33,8 @@ def cache_folder(config: Config) -> Path:
     return Path(config.run.root) / "cache"
 
 
-def prepare(config: Config, run: Path, on_note: Callable[[str], None]) -> dict[str, int]:
-    """Write the prompt sets of a run; returns their sizes. Raises ConfigError, DataError or ModelError."""
+def prepare(config: Config, run: Path, on_note: Callable[[str], None]) -> None:
+    """Write the prompt sets of a run. Raises ConfigError, DataError or ModelError."""
     from models.policy import check_context, load_reader
 
     cache = cache_folder(config)
@@ -90,7 +90,6 @@ def prepare(config: Config, run: Path, on_note: Callable[[str], None]) -> dict[s
     )
     if excluded:
         on_note(f"{len(excluded)} prompts excluded, listed in {run / 'excluded_prompts.jsonl'}")
-    return {"train": len(train), "validation": len(validation), "evaluation": len(evaluation)}
 
 
 def load_prompt_sets(run: Path) -> PromptSets:

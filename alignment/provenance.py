@@ -17,7 +17,7 @@ from alignment.atomic_files import write_text
 from alignment.config import Config
 from alignment.launch import SOURCE_ROOT
 from alignment.run_folder import RunFolder
-from models.checkpoints import checkpoint_folder, finished, newest_checkpoint, read_manifest, sha256_file
+from models.checkpoints import finished, newest_checkpoint, read_manifest, sha256_file
 
 PACKAGES = (
     *("torch", "transformers", "deepspeed", "safetensors", "tokenizers", "numpy", "pyarrow"),
@@ -28,7 +28,7 @@ SOURCES = ("alignment", "models", "infra", "triton_repo", "flows")
 
 def provenance(run: RunFolder, config: Config, step: int, base: Mapping[str, Any]) -> dict[str, Any]:
     """What the manifest of RS step `step` says of its origin; `base` describes the policy before the first step."""
-    parent = _parent(run, step, base)
+    parent = _parent(run, base)
     samples = config.rollouts.num_rollout_samples
     num_prompts = _count_lines(run.prompts / "train.jsonl")
     return {
@@ -36,7 +36,8 @@ def provenance(run: RunFolder, config: Config, step: int, base: Mapping[str, Any
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "parent": parent,
         "reward_model": _scorer(run, "reward_model"),
-        "judge": _scorer(run, "judge"),
+        "judge": {**_scorer(run, "judge"), "files": judge_digests(run)},
+        "selection": config.selection.model_dump(mode="json"),
         # All randomness is a function of these: there is no generator whose state could be saved.
         "position": {
             "seed": config.seed,
@@ -46,17 +47,38 @@ def provenance(run: RunFolder, config: Config, step: int, base: Mapping[str, Any
         },
         "data": {name: sha256_file(run.prompts / name) for name in sorted(p.name for p in run.prompts.glob("*.jsonl"))},
         "rollouts": _rollout_digests(run, first=parent.get("step", 0) + 1, last=step),
+        "metrics_sha256": metrics_digest(run, step),
         "code": code_version(),
         "packages": package_versions(),
     }
 
 
 def keep_manifests(run: RunFolder) -> None:
-    """Copy the manifests of all finished checkpoints to `lineage/`, before any is pruned. Raises DiskError."""
+    """Copy the manifests of finished checkpoints to `lineage/`, before any is pruned. Raises DiskError."""
     for folder in finished(run.checkpoints):
-        text, kept = (folder / "manifest.json").read_text(), run.lineage / f"{folder.name}.json"
-        if not kept.exists() or kept.read_text() != text:
-            write_text(kept, text)
+        kept = run.lineage / f"{folder.name}.json"
+        if not kept.exists():  # a manifest never changes: a copy that differs is worth more than what it differs from
+            write_text(kept, (folder / "manifest.json").read_text())
+
+
+def forget_manifests(run: RunFolder, after_step: int) -> None:
+    """Remove the manifests of steps that a run does again, since it goes on from the checkpoint of `after_step`."""
+    for path in run.lineage.glob("step-*.json"):
+        if path.name > f"step-{after_step:06d}.json":
+            path.unlink()
+
+
+def judge_digests(run: RunFolder) -> dict[str, str]:
+    """sha256 of each file of the run's judge."""
+    return {path.name: sha256_file(path) for path in sorted((run.path / "judge").glob("*"))}
+
+
+def metrics_digest(run: RunFolder, step: int) -> str:
+    """sha256 of what metrics.jsonl says of the steps up to `step` and of the validations before it."""
+    last = {"step": step, "validation": step - 1}
+    records = [r for r in run.read_metrics() if r.get("kind") in last and r["step"] <= last[r["kind"]]]
+    plain = [{key: value for key, value in r.items() if key != "run_id"} for r in records]  # adopted ones have it
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def describe_base(source: str, folder: Path | str, model_config: Any) -> dict[str, Any]:
@@ -89,11 +111,8 @@ def package_versions() -> dict[str, str]:
     return {name: installed[name] for name in PACKAGES if name in installed}
 
 
-def _parent(run: RunFolder, step: int, base: Mapping[str, Any]) -> dict[str, Any]:
+def _parent(run: RunFolder, base: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoint that this one went on from, or the base."""
-    again = checkpoint_folder(run.checkpoints, step)
-    if (again / "DONE").exists():  # saved a second time, with its validation
-        return dict(read_manifest(again)["parent"])
     newest = newest_checkpoint(run.checkpoints)
     if newest is None:
         return dict(base)
@@ -102,9 +121,9 @@ def _parent(run: RunFolder, step: int, base: Mapping[str, Any]) -> dict[str, Any
     return {**named, "manifest_sha256": sha256_file(Path(newest.uri) / "manifest.json")}
 
 
-def _scorer(run: RunFolder, name: str) -> dict[str, Any] | None:
-    if not run.scorers.exists():
-        return None
+def _scorer(run: RunFolder, name: str) -> dict[str, Any]:
+    if not run.scorers.exists():  # a run that was put together by hand
+        return {}
     found: dict[str, Any] = json.loads(run.scorers.read_text())[name]
     return {key: value for key, value in found.items() if key in ("name", "version", "digest", "accuracy")}
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -104,7 +105,7 @@ def _agreed(session: Session, work: Callable[[], T]) -> T:
         failure = error
     reason = session.stop.reason
     if session.trainer.any(failure is not None or bool(reason)):
-        raise Interrupted(reason or "another worker had to stop") from failure
+        raise Interrupted(reason or "another worker, or scoring, had to stop") from failure
     return result
 
 
@@ -149,10 +150,17 @@ def _score(session: Session, batch: Sequence[Rollout], stored: StoredScores) -> 
     future = score_in_background(session.client, [r for r, k in zip(batch, known, strict=True) if not k])
 
     def collect() -> list[ScoredRollout]:
-        new = iter(future.result())
+        new = iter(_result(session, future))
         return [_known(session, r, stored) if k else next(new) for r, k in zip(batch, known, strict=True)]
 
     return collect
+
+
+def _result(session: Session, future: Future[list[ScoredRollout]]) -> list[ScoredRollout]:
+    """What a background task returns; a request that hangs must not keep a worker from stopping."""
+    while not wait([future], timeout=0.2).done:
+        session.stop.check()
+    return future.result()
 
 
 def _known(session: Session, rollout: Rollout, stored: StoredScores) -> ScoredRollout:
@@ -231,7 +239,7 @@ def _validation_share(session: Session) -> list[ScoredRollout]:
     ):
         session.stop.check()
         pending.append(score_in_background(session.client, batch))
-    return [r for future in pending for r in future.result()]
+    return [r for future in pending for r in _result(session, future)]
 
 
 def validation_record(step: int, scored: Sequence[ScoredRollout], judge: Judge, seconds: float) -> dict[str, Any]:

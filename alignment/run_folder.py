@@ -144,17 +144,25 @@ class RunFolder:
         lines = data[: _end_of_records(data)].splitlines()
         return [_parse_record(self.metrics, number, line) for number, line in enumerate(lines, start=1)]
 
-    def truncate_metrics(self, after_step: int, *, validated: bool) -> None:
-        """Forgets "step" and "validation" records beyond RS step `after_step`, and an unfinished last line.
+    def truncate_metrics(self, after_step: int) -> None:
+        """Forgets the "step" and "validation" records beyond RS step `after_step`, and an unfinished last line.
 
-        A run that resumes from the checkpoint of `after_step` calls this before it appends; where that
-        checkpoint is not `validated`, its own validation is forgotten too.
+        A run that resumes from the checkpoint of `after_step` calls this before it appends.
         """
-        last = {"step": after_step, "validation": after_step if validated else after_step - 1}
         with disk_errors(self.metrics), _locked_metrics(self):
-            kept = [r for r in self.read_metrics() if r.get("kind") not in last or r["step"] <= last[r["kind"]]]
+            kept = [
+                r for r in self.read_metrics() if r.get("kind") not in ("step", "validation") or r["step"] <= after_step
+            ]
             text = "".join(json_text(r) + "\n" for r in kept)
             write_atomically(self.metrics, lambda file: file.write(text.encode()))
+
+    def validations(self) -> dict[int, float]:
+        """Mean reward of each validation by RS step; 0 is the base's."""
+        return {
+            r["step"]: r["reward_mean"]
+            for r in self.read_metrics()
+            if r.get("kind") == "validation" and r["reward_mean"] is not None
+        }
 
     @contextlib.contextmanager
     def lock(self, wait_s: float = 0.0) -> Iterator[None]:

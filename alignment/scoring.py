@@ -26,7 +26,6 @@ REQUESTS_IN_FLIGHT = 8
 FIRST_CONTACT_S = 10.0
 # Waits between attempts, in seconds: doubled from the first to the longest.
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 10.0
-DEADLINE_ATTEMPTS = 3
 CANARY: list[Message] = [{"role": "user", "content": "canary"}, {"role": "assistant", "content": "canary"}]
 # A channel that waits two minutes before it reconnects would outlast every retry.
 CHANNEL_ARGS = [
@@ -152,8 +151,9 @@ class RewardClient:
 
     def _score(self, texts: list[str], offset: int) -> list[float]:
         """One request with its retries; `offset` is the index of its first conversation."""
-        wait, gone_since, late = FIRST_WAIT_S, 0.0, 0
+        wait, gone_since = FIRST_WAIT_S, 0.0
         for attempt in itertools.count(1):
+            begun = time.monotonic()
             try:
                 rewards, _ = self._infer(texts, self.timeout_s)
                 return self._checked(rewards, len(texts), offset)
@@ -161,8 +161,8 @@ class RewardClient:
                 status, text, now = _status(error), _text(error), time.monotonic()
                 if not _curable(status, text):
                     raise self._refusal(status, text, offset, len(texts)) from error
-                gone_since, late = gone_since or now, late + (status == "DEADLINE_EXCEEDED")
-                if now - gone_since + wait > self.patience_s or late == DEADLINE_ATTEMPTS:
+                gone_since = gone_since or begun
+                if now - gone_since + wait > self.patience_s:
                     raise RewardServerError(
                         f"{self._who()} failed {attempt} times in {now - gone_since:.0f} s, at last with "
                         f"{status}: {text}{_remedy(status, text, self.timeout_s)}"

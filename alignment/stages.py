@@ -21,15 +21,21 @@ def begin(config: Config, run_id: str, resumed_id: str | None = None) -> tuple[s
     A run that failed here and is resumed (`resumed_id`) keeps its folder, so the first id names it for good.
     Returns the run's path and the sizes of the prompt sets.
     """
-    from alignment.continuation import adopt
+    from alignment.continuation import adopt, find_source
     from alignment.disk import disk_needs
     from alignment.inputs import check_inputs
-    from alignment.preparation import prepare
+    from alignment.preparation import NAMES, load_prompt_sets, prepare
 
+    source = find_source(config)  # before `latest`, which it may name, points to the new run
     run = create(config.run.root, first_id(config.run.root, run_id, resumed_id), config.model_dump_json(indent=2))
     with timed_task(run, "start"):
         check_inputs(config)
-        counts = adopt(config, run) if config.resume.from_ else prepare(config, run.path, print)
+        if source is None:
+            prepare(config, run.path, print)
+        else:
+            adopt(config, source, run)
+    sets = load_prompt_sets(run.path)
+    counts = {name: len(getattr(sets, name)) for name in NAMES}
     print(disk_needs(config, run, config.total_steps(counts["train"])))
     return str(run.path), counts
 

@@ -10,7 +10,7 @@ import torch
 
 from alignment.atomic_files import disk_errors
 from alignment.config import Config
-from alignment.continuation import check_same_task
+from alignment.continuation import check_own
 from alignment.embedded import policy_folder
 from alignment.engine import Ranks, build_engine, learning_rate, optimizer_tensors, restore_optimizer
 from alignment.preparation import cache_folder, load_prompt_sets
@@ -91,10 +91,10 @@ def load_trainer(config: Config, run: RunFolder, ranks: Ranks) -> Trainer:
     checkpoint that is damaged or of another run.
     """
     checkpoint = last_checkpoint(run.checkpoints)
-    manifest: dict[str, Any] = {"step": 0, "validation": None}
+    manifest: dict[str, Any] = {"step": 0}
     if checkpoint:
         manifest = read_manifest(Path(checkpoint.uri))
-        check_same_task(config, Path(checkpoint.uri))
+        check_own(config, run, Path(checkpoint.uri))
     source = checkpoint.uri if checkpoint else policy_folder(config.policy.model, cache_folder(config))
     device = "cuda" if config.resources.gpu else "cpu"
     policy = load_policy(source, prompt_format=config.policy.prompt_format, device=device)
@@ -110,7 +110,7 @@ def load_trainer(config: Config, run: RunFolder, ranks: Ranks) -> Trainer:
         policy=policy,
         engine=engine,
         start=manifest["step"],
-        validated=manifest["validation"] is not None,
+        validated=manifest["step"] in run.validations(),
         total_steps=config.total_steps(len(load_prompt_sets(run.path).train)),
         lost_moments=lost_moments,
         base={} if checkpoint else describe_base(config.policy.model, source, policy.model.config),
@@ -144,12 +144,10 @@ def train_step(trainer: Trainer, selected: Sequence[Rollout], step: int) -> Step
     )
 
 
-def save_checkpoint(
-    trainer: Trainer, step: int, *, validation: Mapping[str, Any] | None = None, update: StepUpdate | None = None
-) -> Checkpoint | None:
+def save_checkpoint(trainer: Trainer, step: int, *, update: StepUpdate | None = None) -> Checkpoint | None:
     """Write and seal the checkpoint of an RS step over all ranks; the writer gets its reference.
 
-    `validation` and `update` go into the manifest. Raises DiskError.
+    `update` goes into the manifest. Raises DiskError.
     """
     run, training, loop = trainer.run, trainer.config.training, trainer.config.loop
     staging = staging_folder(run.checkpoints, step)
@@ -164,17 +162,17 @@ def save_checkpoint(
             checkpoint = seal(
                 run.checkpoints,
                 step,
-                ranks=trainer.ranks.world_size,
                 config=trainer.config.model_dump(mode="json"),
                 details={
+                    "ranks": trainer.ranks.world_size,
                     "zero_stage": training.zero_stage,
-                    "validation": dict(validation) if validation else None,
                     "update": asdict(update) if update else None,
                     **provenance(run, trainer.config, step, trainer.base),
                 },
             )
             keep_manifests(run)
-            prune(run.checkpoints, keep_last=loop.keep_last, keep_best=loop.keep_best)
+            kept = {"keep_last": loop.keep_last, "keep_best": loop.keep_best}
+            prune(run.checkpoints, **kept, validations=run.validations())
     trainer.barrier()
     return checkpoint
 

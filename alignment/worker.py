@@ -25,6 +25,9 @@ from alignment.run_folder import RunFolder
 if TYPE_CHECKING:
     from alignment.rs_step import Session
 
+ANOTHER = "another worker had to stop"
+"""Reason of a worker that stops because its peers do."""
+
 
 def main() -> None:
     """Run RS steps up to `--until`, from wherever the last checkpoint stands, or until asked to stop."""
@@ -68,10 +71,10 @@ def work(config: Config, run: RunFolder, options: argparse.Namespace, stop: Stop
     judge = load_judge(Path(options.judge))
     report = emit if trainer.is_writer else _silent
     with reward_client(config, options.url, options.version, check=stop.check) as client:
-        try:
+        with contextlib.suppress(StopRequested):
             client.wait_ready(ready_timeout_s(config))
-        except StopRequested as request:
-            report({"kind": "stopped", "step": trainer.start, "reason": str(request)})
+        if trainer.any(bool(stop.reason)):  # all ranks or none
+            report({"kind": "stopped", "step": trainer.start, "reason": stop.reason or ANOTHER})
             return
         run_iteration(Session(trainer, load_prompt_sets(run.path), client, judge, report, stop), options.until)
 
@@ -89,16 +92,14 @@ def run_iteration(session: "Session", until: int) -> None:
     trained = saved = trainer.start
     try:
         if config.validates(trained, trainer.total_steps) and not trainer.validated:
-            owed = _record(session, validate(session, trained))
-            if trained:  # it was interrupted before it could be validated; the base has no checkpoint
-                save_checkpoint(trainer, trained, validation=owed)
+            _record(session, validate(session, trained))  # the base's, or one that was interrupted
         for step in range(trained + 1, until + 1):
             rs_step(session, step)
             trained = step
-            due = config.validates(step, trainer.total_steps)
-            validation = _record(session, validate(session, step)) if due else None
+            if config.validates(step, trainer.total_steps):
+                _record(session, validate(session, step))
             if step % config.loop.save_interval == 0 or step == until:
-                save_checkpoint(trainer, step, validation=validation)
+                save_checkpoint(trainer, step)
                 saved = step
     except Interrupted as interrupted:
         if trained > saved:
@@ -110,9 +111,14 @@ def run_iteration(session: "Session", until: int) -> None:
 
 def _go_on(session: "Session") -> None:
     """Forget what was recorded after the checkpoint, and say where the run goes on."""
+    from alignment.provenance import forget_manifests
+    from models.checkpoints import sweep
+
     trainer = session.trainer
     if trainer.is_writer:
-        trainer.run.truncate_metrics(trainer.start, validated=trainer.validated)
+        trainer.run.truncate_metrics(trainer.start)
+        forget_manifests(trainer.run, trainer.start)
+        sweep(trainer.run.checkpoints)
     if trainer.start:
         session.emit({"kind": "note", "text": f"continuing after RS step {trainer.start}"})
     if trainer.lost_moments:
@@ -130,12 +136,10 @@ def _silent(event: Mapping[str, Any]) -> None:
     del event
 
 
-def _record(session: "Session", record: dict[str, Any]) -> dict[str, Any]:
-    """Writes a record down and reports it; returns it."""
+def _record(session: "Session", record: dict[str, Any]) -> None:
     if session.trainer.is_writer:
         session.trainer.run.append_metrics(record)
         session.emit(record)
-    return record
 
 
 def _options() -> argparse.Namespace:

@@ -44,9 +44,13 @@ if "METAFLOW_USER" not in os.environ:
 def parse_preset(text: str) -> dict[str, Any]:
     """Metaflow's parser for the `config` option: YAML or JSON text to a checked, complete, plain dict."""
     from alignment.config import parse_config
+    from alignment.continuation import find_source
 
     with plain_errors():
-        values = parse_config(text).model_dump(mode="json")
+        config = parse_config(text)
+        values, source = config.model_dump(mode="json"), find_source(config)
+    if source is not None:  # `latest` will soon be another run
+        values["resume"]["from"] = str(source.path)
     # Tasks and resumes may work in another folder than the one in which the run was started.
     values["run"]["root"] = _absolute(values["run"]["root"])
     if values["reward"]["repository"]:

@@ -4,22 +4,25 @@
       model.safetensors config.json tokenizer…   loadable by transformers as it is
       optimizer/rank-00000.safetensors           AdamW moments (and fp32 masters under ZeRO), one file a rank
       run_config.json                            the resolved config
-      manifest.json                              step, files with sha256 and size, validation, provenance
+      manifest.json                              step, ranks, files with sha256 and size, provenance
       DONE                                       sha256 of the manifest
 
-A folder is written beside its place and renamed: one that has no DONE never was a checkpoint. Nothing is
-pickled: reading a checkpoint executes nothing. A checkpoint that fails its check is refused, never passed over
-in silence: the error names the file, the reason, and the newest one that is whole.
+A folder is written beside its place and renamed: one that has no DONE never was a checkpoint. It never changes
+afterwards; which checkpoint is the best is told by the run's validations, not by it. Nothing is pickled: reading
+a checkpoint executes nothing. A checkpoint that fails its check is refused, never passed over in silence: the
+error names the file, the reason, and the newest one that is whole.
 """
 
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from alignment.atomic_files import disk_errors, settle_files, sync_folder, write_text
@@ -28,6 +31,34 @@ from alignment.types import Checkpoint
 
 FORMAT = 1
 """Version of the layout above; another one is refused."""
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Step = Annotated[int, Field(ge=0)]
+FileName = Annotated[str, Field(pattern=r"^[^\x00]+$", max_length=255)]
+
+
+class FileEntry(BaseModel):
+    """What a manifest says of a file."""
+
+    model_config = ConfigDict(strict=True)
+
+    sha256: Sha256
+    bytes: Step
+
+
+class ManifestShape(BaseModel):
+    """What readers rely on in a manifest, which may come from anywhere; it holds more (see `alignment.provenance`)."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: Literal[1]
+    step: Step
+    ranks: Annotated[int, Field(ge=1)]
+    zero_stage: Annotated[int, Field(ge=0, le=3)]
+    run_id: str
+    parent: dict[str, Any]
+    weights_sha256: Sha256
+    files: dict[FileName, FileEntry]
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
@@ -38,11 +69,6 @@ def checkpoint_folder(checkpoints: Path, step: int) -> Path:
 def staging_folder(checkpoints: Path, step: int) -> Path:
     """Where a checkpoint is put together before it gets its name."""
     return checkpoints / f".step-{step:06d}.partial"
-
-
-def _replaced_folder(checkpoints: Path, step: int) -> Path:
-    """Where a finished checkpoint waits while another of the same step takes its place."""
-    return checkpoints / f".step-{step:06d}.replaced"
 
 
 @contextlib.contextmanager
@@ -77,33 +103,23 @@ def read_optimizer_state(checkpoint: Path, rank: int) -> dict[str, Tensor]:
     return state
 
 
-def seal(
-    checkpoints: Path, step: int, *, ranks: int, config: Mapping[str, Any], details: Mapping[str, Any]
-) -> Checkpoint:
-    """Give a staged folder its manifest, DONE and name; returns its reference. Raises DiskError."""
+def seal(checkpoints: Path, step: int, *, config: Mapping[str, Any], details: Mapping[str, Any]) -> Checkpoint:
+    """Give a staged folder its manifest, DONE and name; returns its reference.
+
+    `details` go into the manifest: ranks, zero_stage, run_id, parent and more. Raises DiskError.
+    """
     staging, final = staging_folder(checkpoints, step), checkpoint_folder(checkpoints, step)
     with disk_errors(final):
         (staging / "run_config.json").write_text(json.dumps(config, indent=2))
         files = sorted(p for p in staging.rglob("*") if p.is_file())
         sums = {str(p.relative_to(staging)): {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in files}
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "ranks": ranks,
-            "weights_sha256": _weights_digest(sums),
-            "files": sums,
-            **details,
-        }
+        manifest = {"format": FORMAT, "step": step, "weights_sha256": _weights_digest(sums), "files": sums, **details}
         text = json.dumps(manifest, indent=2)
         settle_files(staging)
         write_text(staging / "manifest.json", text)
         write_text(staging / "DONE", hashlib.sha256(text.encode()).hexdigest())
-        replaced = _replaced_folder(checkpoints, step)
-        if final.exists():  # a replay of the same step after a kill, or one that was saved before its validation
-            final.rename(replaced)
         staging.rename(final)
         sync_folder(checkpoints)
-        shutil.rmtree(replaced, ignore_errors=True)
     return _reference(final, manifest)
 
 
@@ -116,7 +132,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 f"{folder / 'manifest.json'} does not match DONE: it was changed after it was written"
             )
         manifest = json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder} is not a finished checkpoint: {error}") from error
     return _checked(manifest, folder)
 
@@ -137,11 +153,7 @@ def verify(folder: Path) -> Checkpoint:
 
 
 def finished(checkpoints: Path) -> list[Path]:
-    """Folders of finished checkpoints, oldest first, unverified; one whose replacement never came is put back."""
-    for waiting in checkpoints.glob(".step-*.replaced"):
-        place = checkpoints / waiting.name.removeprefix(".").removesuffix(".replaced")
-        if not place.exists():
-            waiting.rename(place)
+    """Folders of finished checkpoints, oldest first; unverified."""
     return sorted(p.parent for p in checkpoints.glob("step-*/DONE"))
 
 
@@ -155,17 +167,26 @@ def last_checkpoint(checkpoints: Path) -> Checkpoint | None:
     return _verified(folders[-1], folders) if folders else None
 
 
-def best_checkpoint(checkpoints: Path) -> Checkpoint | None:
-    """The checkpoint with the highest validation reward, else the newest one, verified; None where there is none."""
+def best_checkpoint(checkpoints: Path, validations: Mapping[int, float]) -> Checkpoint | None:
+    """The checkpoint with the highest validation reward, else the newest one, verified; None where there is none.
+
+    `validations` maps RS steps to rewards.
+    """
     folders = finished(checkpoints)
-    best = _by_validation(folders)
+    best = _by_validation(folders, validations)
     return _verified(best[0], folders) if best else last_checkpoint(checkpoints)
 
 
 def _verified(folder: Path, folders: Sequence[Path]) -> Checkpoint:
-    """`verify`, whose error offers the newest of the other `folders` that is whole."""
-    try:
+    with _offering_another(folder, folders):
         return verify(folder)
+
+
+@contextlib.contextmanager
+def _offering_another(folder: Path, folders: Sequence[Path]) -> Iterator[None]:
+    """Adds to an error of `folder` the newest of the other `folders` that is whole."""
+    try:
+        yield
     except CheckpointError as error:
         whole = next((other for other in reversed(folders) if other != folder and _is_whole(other)), None)
         remedy = f"{whole} is whole: remove {folder} and resume to go on from there"
@@ -185,16 +206,22 @@ def _is_whole(folder: Path) -> bool:
 def newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
     """The newest finished checkpoint as its manifest says, its files not read; None where there is none."""
     folders = finished(checkpoints)
-    return _reference(folders[-1], read_manifest(folders[-1])) if folders else None
+    if not folders:
+        return None
+    with _offering_another(folders[-1], folders):
+        return _reference(folders[-1], read_manifest(folders[-1]))
 
 
-def prune(checkpoints: Path, *, keep_last: int, keep_best: int) -> list[Path]:
+def prune(
+    checkpoints: Path, *, keep_last: int, keep_best: int, validations: Mapping[int, float] | None = None
+) -> list[Path]:
     """Remove all but the newest `keep_last` and the `keep_best` best by validation; returns what was removed.
 
-    Nothing is removed before the newest one has been verified: raises CheckpointError where it is not whole.
+    `validations` maps RS steps to rewards. Nothing is removed before the newest one has been verified: raises
+    CheckpointError where it is not whole.
     """
     folders = finished(checkpoints)
-    kept = {*folders[-keep_last:], *_by_validation(folders)[:keep_best]}
+    kept = {*folders[-keep_last:], *_by_validation(folders, validations or {})[:keep_best]}
     doomed = [folder for folder in folders if folder not in kept]
     if doomed:
         verify(folders[-1])
@@ -204,6 +231,14 @@ def prune(checkpoints: Path, *, keep_last: int, keep_best: int) -> list[Path]:
     return doomed
 
 
+def sweep(checkpoints: Path) -> None:
+    """Remove what killed writers left: half-written folders, and half-removed ones older than the newest checkpoint."""
+    whole = finished(checkpoints)
+    torn = [p for p in checkpoints.glob("step-*") if whole and p not in whole and p < whole[-1]]
+    for folder in [*checkpoints.glob(".step-*"), *torn]:
+        shutil.rmtree(folder)
+
+
 def sha256_file(path: Path) -> str:
     """sha256 of a file, as hex."""
     with path.open("rb") as file:
@@ -211,34 +246,31 @@ def sha256_file(path: Path) -> str:
 
 
 def _checked(manifest: Any, folder: Path) -> dict[str, Any]:
-    """The manifest if it has what readers rely on: a folder may come from anywhere. Raises CheckpointError."""
-    kinds = {"step": int, "ranks": int, "weights_sha256": str, "files": dict}
-    values = manifest if isinstance(manifest, dict) else {}
-    wrong = [key for key, kind in kinds.items() if not isinstance(values.get(key), kind)]
-    entries = {} if "files" in wrong else values["files"]
-    if not all(isinstance(entry, dict) and {"sha256", "bytes"} <= entry.keys() for entry in entries.values()):
-        wrong.append("files")
-    elif _weights_digest(entries) != values.get("weights_sha256"):
-        wrong.append("weights_sha256")
-    validation = values.get("validation")
-    if validation is not None and not (isinstance(validation, dict) and "reward_mean" in validation):
-        wrong.append("validation")
-    if values.get("format") != FORMAT:
-        wrong.append("format")
-    if wrong:
-        raise CheckpointError(f"{folder / 'manifest.json'} was not written by this program: {', '.join(wrong)}")
-    return values
+    """The manifest if it has the shape that readers rely on. Raises CheckpointError."""
+    path = folder / "manifest.json"
+    try:
+        shape = ManifestShape.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        key = ".".join(str(part) for part in first["loc"])[:80]
+        raise CheckpointError(f"{path} was not written by this program: {key}: {first['msg']}") from error
+    if folder.name != checkpoint_folder(folder.parent, shape.step).name:
+        raise CheckpointError(f"{path} is of RS step {shape.step}, which is not the folder's: it was renamed")
+    if _weights_digest(manifest["files"]) != shape.weights_sha256:
+        raise CheckpointError(f"{path} was not written by this program: weights_sha256 is not that of its files")
+    checked: dict[str, Any] = manifest
+    return checked
 
 
 def _reference(folder: Path, manifest: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(uri=str(folder), sha256=str(manifest["weights_sha256"]), step=int(manifest["step"]))
 
 
-def _by_validation(folders: Sequence[Path]) -> list[Path]:
+def _by_validation(folders: Sequence[Path], validations: Mapping[int, float]) -> list[Path]:
     """Validated checkpoints by falling reward, the earlier of equals first."""
-    validations = [(read_manifest(folder).get("validation"), folder) for folder in folders]
-    rewards = [(v["reward_mean"], folder) for v, folder in validations if v]
-    return [folder for _, folder in sorted(rewards, key=lambda pair: -pair[0])]
+    steps = {folder: int(match[1]) for folder in folders if (match := re.fullmatch(r"step-(\d+)", folder.name))}
+    validated = [folder for folder, step in steps.items() if step in validations]
+    return sorted(validated, key=lambda folder: -validations[steps[folder]])
 
 
 def _weights_digest(sums: Mapping[str, Mapping[str, Any]]) -> str:

@@ -27,6 +27,8 @@ def test_needs_are_those_of_checkpoints_and_rollouts(tmp_path, monkeypatch):
         f"disk: up to {shown(needed)} under {run.path} (4 checkpoints of 12 MB, the rest rollouts); "
     )
     assert said.endswith("is free")
+    zero = load_config(SMOKE, [f"run.root={tmp_path}", "loop.keep_last=2", "training.zero_stage=2"])
+    assert "(4 checkpoints of 16 MB, " in disk_needs(zero, run, 4)  # ZeRO keeps an fp32 copy of its own
     monkeypatch.setattr(disk, "count_parameters", lambda _: 10**15)
     assert "WARNING: that will not fit: free space" in disk_needs(config, run, 4)
 

@@ -151,6 +151,18 @@ def test_killed_and_resumed_equals_undisturbed(place, undisturbed, victim):
     assert first == second
 
 
+@pytest.mark.slow
+def test_a_new_run_goes_on_from_the_latest(place, undisturbed):
+    more = place.run("run", resume__from="latest", **{**SETTINGS, "loop__max_steps": 7})
+    assert more.folder != undisturbed.folder
+    assert "continuing after RS step 6" in more.output
+    assert [s["step"] for s in more.report["steps"]] == list(range(1, 8))
+    assert more.report["steps"][:6] == undisturbed.report["steps"]
+    paid = sum(s["seconds"]["rollouts"] for s in more.report["steps"][6:])
+    assert more.report["seconds"]["rollouts"] == pytest.approx(paid)  # the other run paid for the rest
+    assert json.loads((more.folder / "config.json").read_text())["resume"]["from"] == str(undisturbed.folder)
+
+
 def test_two_workers_take_the_same_decisions(place, undisturbed):
     two = place.run("run", resources__cpu_workers=2, training__zero_stage=2, **{**SETTINGS, "loop__max_steps": 3})
     ours, theirs = (

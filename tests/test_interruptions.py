@@ -3,8 +3,10 @@
 `tests/test_flow.py` kills Metaflow and its tasks; here the workers' owner is a plain process.
 """
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +18,11 @@ from pathlib import Path
 import pytest
 
 from alignment import colocated
-from alignment.errors import RewardServerError, StoppedError, WorkerError
+from alignment.errors import CheckpointError, ConfigError, RewardServerError, StoppedError, WorkerError
 from alignment.lineage import check, main
+from alignment.preparation import load_prompt_sets
 from alignment.reward_server import reward_server
+from alignment.rs_step import step_prompts
 from flow_runs import ROOT, processes_naming, wait_for
 from infra.triton_setup import free_ports
 from interruptions import SETTINGS, Bench, consumed, copy_up_to, decisions, iterate, served_bench, steps
@@ -133,6 +137,40 @@ def test_a_worker_told_to_end_saves_its_last_step(bench, undisturbed):
     assert_equal_to(undisturbed, run)
 
 
+def test_a_launcher_told_to_end_lets_its_workers_save(bench, undisturbed):
+    late = "loop.save_interval=6"
+    config, run = bench.begin("launcher-sigterm", late)
+
+    def end_the_launcher():
+        wait_for(lambda: len(steps(run)) >= 2, what="RS step 2")
+        os.kill(processes_naming(f"alignment.worker --folder {run.path}")[0], signal.SIGTERM)
+
+    threading.Thread(target=end_the_launcher).start()
+    with pytest.raises(StoppedError, match=r"stopped after RS step \d of 6: SIGTERM"):
+        iterate(config, run)
+    assert last_checkpoint(run.checkpoints).step == len(steps(run)) >= 2
+
+
+def test_a_request_that_hangs_does_not_keep_a_worker_from_saving(mortal):
+    bench, port, serve = mortal
+    with serve():
+        config, run = bench.begin("hanging", "loop.save_interval=6", "loop.stop_grace_s=10", "reward.timeout_s=100")
+
+        def hang_then_end():
+            wait_for(lambda: len(steps(run)) >= 2, what="RS step 2")
+            servers = processes_naming(f"port={port} ")
+            for pid in servers:
+                os.kill(pid, signal.SIGSTOP)
+            time.sleep(1)
+            os.kill(processes_naming(f"-m alignment.worker --folder {run.path}")[-1], signal.SIGTERM)
+
+        threading.Thread(target=hang_then_end).start()
+        with pytest.raises(StoppedError, match=r"stopped after RS step \d of 6: SIGTERM"):
+            iterate(config, run)
+        end_server(port)
+    assert last_checkpoint(run.checkpoints).step == len(steps(run)) >= 2
+
+
 def test_the_time_limit_stops_with_a_checkpoint(bench, monkeypatch):
     long = ("loop.max_steps=100000", "loop.steps_per_iteration=100000", "loop.save_interval=100000")
     limit = "loop.max_time_per_run=00:00:00:20"
@@ -175,9 +213,6 @@ def test_a_new_run_goes_on_from_another_with_more_workers_and_steps(bench, undis
     assert "written by 1 workers under ZeRO 0 and this run has 2 under ZeRO 2: the weights go on" in said
     # The prompts go on in their order: a whole run of eight steps reads the same.
     _, whole = bench.begin("whole-8", "loop.max_steps=8")
-    from alignment.preparation import load_prompt_sets
-    from alignment.rs_step import step_prompts
-
     train = load_prompt_sets(whole.path).train
     assert consumed(run) == [[p.prompt_id for p in step_prompts(config, train, step)] for step in range(1, 9)]
     assert [r["lr"] for r in steps(run)][-2:] == [1e-4, 1e-4]
@@ -232,6 +267,30 @@ def test_a_server_that_stays_away_stops_the_run_with_a_checkpoint(mortal, undist
     assert_equal_to(undisturbed, run)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("loop.max_steps=6",), "has 6 RS steps behind it, and this run is to have 6: raise loop.max_steps"),
+        (("loop.max_steps=8", "seed=1"), "was another task: seed (0 there, 1 here). Keep these keys"),
+        (("loop.max_steps=8", "reward.version=7"), "reward.version (7) is not the 1 that resume.from"),
+        (("resume.from=nowhere",), "resume.from (nowhere): no run of that id in"),
+    ],
+)
+def test_what_a_run_cannot_go_on_with(bench, undisturbed, overrides, said):
+    with pytest.raises(ConfigError) as caught:
+        bench.begin(f"no-{len(said)}", f"resume.from={undisturbed.path}", *overrides)
+    assert said in str(caught.value)
+
+
+def test_going_on_twice_undoes_nothing(bench, undisturbed):
+    more = ("resume.from=undisturbed", "loop.max_steps=7", "loop.save_interval=1")
+    config, run = bench.begin("twice", *more)
+    iterate(config, run)
+    bench.begin("twice", *more)  # a first step that is resumed
+    assert len(steps(run)) == 7 and last_checkpoint(run.checkpoints).step == 7
+    assert all(right for right, _ in check(run)), list(check(run))
+
+
 def test_a_server_that_comes_back_is_waited_for(mortal, undisturbed):
     bench, port, serve = mortal
     with serve():
@@ -272,11 +331,11 @@ def test_a_local_server_whose_processes_are_killed_is_started_again(bench, undis
 
 def test_a_checkpoint_of_another_task_is_refused(bench, undisturbed):
     config, run = bench.begin("foreign", "seed=3")
-    import shutil
-
     shutil.copytree(checkpoint_folder(undisturbed.checkpoints, 6), checkpoint_folder(run.checkpoints, 6))
-    from alignment.errors import CheckpointError
-
+    with pytest.raises(CheckpointError, match="step-000006 was written by the run undisturbed: go on from it by"):
+        iterate(config, run)
+    (run.lineage).mkdir(exist_ok=True)  # with its manifest, as if it had been adopted
+    shutil.copy(checkpoint_folder(undisturbed.checkpoints, 6) / "manifest.json", run.lineage / "step-000006.json")
     with pytest.raises(CheckpointError, match=r"step-000006 is a checkpoint of another task: seed \(0 there, 3 here\)"):
         iterate(config, run)
 
@@ -305,9 +364,15 @@ def test_lineage_answers(bench, undisturbed, capsys):
     assert "decisions differ from RS step 1 on" in said and "other weights at the end" in said
 
 
-@pytest.mark.parametrize("what", ["rollouts/step-000003.parquet", "prompts/train.jsonl", "lineage/step-000002.json"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        *("rollouts/step-000003.parquet", "prompts/train.jsonl", "lineage/step-000002.json", "judge/judge.json"),
+        "checkpoints/step-000002/model.safetensors",
+    ],
+)
 def test_lineage_finds_what_was_changed(undisturbed, capsys, what):
-    copy = copy_up_to(undisturbed, f"changed-{Path(what).parent}", 6)
+    copy = copy_up_to(undisturbed, f"changed-{what.replace('/', '-')}", 6)
     assert main([str(copy.path), "--verify"]) == 0
     data = bytearray((copy.path / what).read_bytes())
     data[-3] ^= 1
@@ -315,6 +380,28 @@ def test_lineage_finds_what_was_changed(undisturbed, capsys, what):
     capsys.readouterr()
     assert main([str(copy.path), "--verify"]) == 1
     assert any(line.startswith("WRONG") and Path(what).name in line for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize("what", ["metrics", "config", "forged checkpoint"])
+def test_lineage_finds_what_was_forged(undisturbed, capsys, what):
+    """Changes that leave every file well-formed, and a checkpoint's own sums in order."""
+    copy = copy_up_to(undisturbed, f"forged-{what.replace(' ', '-')}", 6)
+    if what == "metrics":
+        records = [{**r, "reward_mean": 9.0} if r["kind"] == "step" else r for r in copy.read_metrics()]
+        copy.metrics.write_text("".join(json.dumps(r) + "\n" for r in records))
+        found = "metrics.jsonl"
+    elif what == "config":
+        copy.config.write_text(copy.config.read_text().replace("top_per_prompt", "random_per_prompt"))
+        found = "config.json"
+    else:
+        folder = checkpoint_folder(copy.checkpoints, 2)
+        text = json.dumps({**read_manifest(folder), "created": "never"}, indent=2)
+        (folder / "manifest.json").write_text(text)
+        (folder / "DONE").write_text(hashlib.sha256(text.encode()).hexdigest())
+        found = "step-000002"
+    assert main([str(copy.path), "--verify"]) == 1
+    wrong = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG")]
+    assert len(wrong) == 1 and found in wrong[0]
 
 
 def test_workers_listen_on_loopback_alone(bench):

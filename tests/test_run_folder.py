@@ -153,22 +153,33 @@ def test_a_torn_last_line_is_cut_off_by_the_next_writer(tmp_path: Path) -> None:
         folder.append_metrics({"kind": "step", "step": 3})
         assert [json.loads(x)["step"] for x in folder.metrics.read_text().splitlines()] == [*steps, 3]
         folder.metrics.write_bytes(whole + line[:cut])
-        folder.truncate_metrics(5, validated=True)
+        folder.truncate_metrics(5)
         assert [json.loads(x)["step"] for x in folder.metrics.read_text().splitlines()] == steps
 
 
 def test_truncate_forgets_later_steps_and_validations_only(tmp_path: Path) -> None:
     folder = create(tmp_path, "1", "{}")
-    folder.truncate_metrics(0, validated=True)  # before anything was written
+    folder.truncate_metrics(0)  # before anything was written
     task = {"kind": "task", "name": "iterate", "seconds": 1.5, "step": 9}
-    records = [{"kind": "validation", "step": 0}, {"kind": "step", "step": 1}, {"kind": "step", "step": 2}, task]
+    records = [
+        {"kind": "validation", "step": 0, "reward_mean": None},
+        {"kind": "step", "step": 1},
+        {"kind": "step", "step": 2},
+        task,
+    ]
     for record in [*records, {"kind": "validation", "step": 2}]:
         folder.append_metrics(record)
     for _ in range(2):
-        folder.truncate_metrics(1, validated=True)
+        folder.truncate_metrics(1)
         assert folder.read_metrics() == [records[0], records[1], task]
-    folder.truncate_metrics(0, validated=False)  # RS step 0 is the base, whose validation is made again
-    assert folder.read_metrics() == [task]
+    assert folder.validations() == {}
+
+
+def test_validations_are_those_that_have_a_reward(tmp_path: Path) -> None:
+    folder = create(tmp_path, "1", "{}")
+    for step, reward in ((0, 0.5), (2, 1.5), (4, None)):
+        folder.append_metrics({"kind": "validation", "step": step, "reward_mean": reward})
+    assert folder.validations() == {0: 0.5, 2: 1.5}
 
 
 @pytest.mark.parametrize("bad", ["{torn", "[1]"])
@@ -190,7 +201,7 @@ def test_appending_and_rewriting_at_once_loses_no_record(tmp_path: Path) -> None
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
-        folder.truncate_metrics(0, validated=True)
+        folder.truncate_metrics(0)
     assert len(folder.read_metrics()) == 80
 
 
@@ -212,9 +223,9 @@ def test_a_writer_killed_at_any_moment_leaves_whole_files(tmp_path: Path) -> Non
         writer.send_signal(signal.SIGKILL)
         writer.communicate()
         assert json.loads(folder.report_json.read_text())["n"] >= written - 1
-        folder.truncate_metrics(written - 1, validated=True)
+        folder.truncate_metrics(written - 1)
         assert [r["step"] for r in folder.read_metrics()] == list(range(written))
-        folder.truncate_metrics(-1, validated=True)
+        folder.truncate_metrics(-1)
 
 
 def test_a_full_disk_is_named_with_its_remedy(tmp_path: Path) -> None:
