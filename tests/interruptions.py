@@ -18,9 +18,9 @@ from alignment.stages import begin, prepare_scorers
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
 from flow_runs import SMOKE
 
-# Steps of about half a second, so that a signal finds one under way.
+# Steps of about half a second, so that a signal finds one under way long before the last.
 SETTINGS = (
-    *("rollouts.num_rollout_samples=8", "rollouts.max_new_tokens=32", "training.global_batch_size=8"),
+    *("rollouts.num_rollout_samples=8", "rollouts.max_new_tokens=160", "training.global_batch_size=8"),
     *("loop.max_steps=6", "loop.steps_per_iteration=6", "loop.save_interval=2", "loop.val_check_interval=3"),
     *("loop.keep_last=3", "wandb.mode=disabled"),
 )

@@ -173,7 +173,7 @@ def test_a_request_that_hangs_does_not_keep_a_worker_from_saving(mortal):
 
 def test_the_time_limit_stops_with_a_checkpoint(bench, monkeypatch):
     long = ("loop.max_steps=100000", "loop.steps_per_iteration=100000", "loop.save_interval=100000")
-    limit = "loop.max_time_per_run=00:00:00:20"
+    limit = "loop.max_time_per_run=00:00:00:30"
     config, run = bench.begin("limited", *long, limit)
     monkeypatch.setenv(colocated.COMMAND_STARTED, str(time.time()))
     with pytest.raises(StoppedError, match=r"stopped after RS step (\d+) of 100000: loop\.max_time_per_run is over"):
