@@ -2,7 +2,7 @@
 
 A token is drawn by inverting the cumulative distribution at a uniform number that the caller supplies, so
 a sample is a function of its logits and its own numbers: neither the batch around it nor the number of
-ranks has a say in its randomness. (A gumbel or multinomial draw costs fourteen times as much on a CPU.)
+ranks has a say in its randomness.
 
 Left out on purpose: beam search and penalties, which rejection sampling has no use for.
 """
