@@ -4,6 +4,7 @@ No C++ is compiled on a CPU: the optimizer is torch's own AdamW, and DeepSpeed's
 communication op, which it would otherwise build at the first use of gloo, is declared unavailable.
 """
 
+import atexit
 import math
 import os
 from collections.abc import Mapping
@@ -61,6 +62,8 @@ def start_ranks(*, threads: int, gpu: bool) -> Ranks:
         world_size=int(os.environ["WORLD_SIZE"]),
         verbose=False,
     )
+    # Gloo's threads must end before the interpreter does: else the process may abort after its work is done.
+    atexit.register(torch.distributed.destroy_process_group)
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
 

@@ -1,5 +1,6 @@
 """A tiny reward model with random weights, exported and served by the real Triton, once per test session."""
 
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 MAX_TOKENS = 96
+ONE_DRAWS = threading.Lock()
+"""Torch's generator is one for all threads."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def tiny_reward_model(seed: int = 0) -> tuple[BertForSequenceClassification, Pre
         num_labels=1,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng():
+    with ONE_DRAWS, torch.random.fork_rng():
         torch.manual_seed(seed)
         model = BertForSequenceClassification(config)
     return model.eval(), tokenizer

@@ -122,7 +122,10 @@ def test_one_iteration_and_another_judge_give_the_same_weights(place, undisturbe
     ]
 
 
-@pytest.mark.parametrize("victim", ["metaflow", "worker", "terminal"])
+@pytest.mark.parametrize(
+    "victim",
+    ["terminal", pytest.param("metaflow", marks=pytest.mark.slow), pytest.param("worker", marks=pytest.mark.slow)],
+)
 def test_killed_and_resumed_equals_undisturbed(place, undisturbed, victim):
     before = place.latest()
     started = place.start("run", **SETTINGS)

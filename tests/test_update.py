@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def run_update(tmp_path, ranks, steps=1, plain=True, options=(), **settings):
     """`update` in processes of its own; returns the weights and the StepUpdate as a dict."""
     settings = {"gradient_clip": 1e9, "global_batch_size": 8, **settings}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, "-m", "alignment.one_node", f"--nproc-per-node={ranks}"]
     command += [str(ROOT / "tests/update_ranks.py"), json.dumps(settings), str(tmp_path / "out"), str(steps)]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     words = [*(["--plain-gradient"] if plain else []), *options]

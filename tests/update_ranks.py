@@ -1,10 +1,12 @@
-"""One RS update on the ranks that torch.distributed.run starts; saves weights and result for tests/test_update.py.
+"""One RS update on the ranks that alignment.one_node starts; saves weights and result for tests/test_update.py.
 
 With `--plain-gradient`, SGD with rate 1 stands in for AdamW, so that the change of the weights is the gradient.
 With `--dropout N` the attention drops, after N numbers were drawn from torch's generator.
 """
 
+import atexit
 import json
+import os
 import sys
 from dataclasses import asdict
 
@@ -31,7 +33,14 @@ def rollouts() -> list[Rollout]:
     ]  # fmt: skip
 
 
+def fail_if_ranks_are_joined() -> None:
+    """A process group that is still there when the interpreter ends may abort the process."""
+    if torch.distributed.is_initialized():
+        os._exit(3)
+
+
 def main() -> None:
+    atexit.register(fail_if_ranks_are_joined)  # before `start_ranks`: so it runs after what that one registers
     settings, out, steps, plain = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3]), "--plain-gradient" in sys.argv
     training = TrainingSection(**settings)
     ranks = engines.start_ranks(threads=1, gpu=False)
