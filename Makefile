@@ -1,5 +1,6 @@
 # make run      the main job: align SmolLM2-135M on IMDB sentiment, no GPU, no hub
 # make control  the main job beside its random control, and the paired difference
+# make bench    ratios against in-process scoring and the peers' ways, with their targets
 # make test     lint, types and tests
 # make test-all the same, and those that kill and resume runs at every moment
 # All make the virtual environment first; a stamp keeps that instant when nothing changed.
@@ -10,7 +11,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run control test test-slow test-all lint clean help
+.PHONY: run control bench test test-slow test-all lint clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -24,7 +25,7 @@ test: $(DEV_STAMP) lint
 
 ## Kills at every moment, one after the other: minutes of starting over.
 test-slow: $(DEV_STAMP)
-	$(BIN)/python -m pytest -m slow -n 2 tests/test_interruptions.py tests/test_flow.py
+	$(BIN)/python -m pytest -m slow -n 2 tests
 
 test-all: test test-slow
 
@@ -35,6 +36,10 @@ lint: $(DEV_STAMP)
 
 control: $(STAMP)
 	$(BIN)/python -m benchmarks.random_control
+
+bench: $(DEV_STAMP)
+	$(BIN)/python -m benchmarks.scoring
+	$(BIN)/python -m benchmarks.results
 
 $(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null || { \

@@ -1,21 +1,21 @@
 """The colocated executor: one iteration of RS steps by workers on the step's own node."""
 
-import os
-import time
+import json
+from dataclasses import asdict
 from typing import Any
 
 from alignment.config import Config
 from alignment.errors import CheckpointError, StoppedError
 from alignment.launch import run_workers
+from alignment.over_optimisation import newest_alarm
 from alignment.preparation import load_prompt_sets
 from alignment.progress import ProgressLines
+from alignment.reward_server import RewardServer
 from alignment.run_folder import RunFolder
-from alignment.task import claim_devices, served, timed_task, tracker
+from alignment.task import claim_devices, ends_at, served, timed_task, tracker
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
 
 WORKER = "alignment.worker"
-COMMAND_STARTED = "RS_COMMAND_STARTED"
-"""Environment variable: Unix time at which the `run` or `resume` command began; else a task counts from its own."""
 
 
 def iterate(config: Config, run: RunFolder, reward: RewardModelRef, judge: JudgeRef) -> Checkpoint:
@@ -41,11 +41,15 @@ def iterate(config: Config, run: RunFolder, reward: RewardModelRef, judge: Judge
                 wandb_run.log_step(event)
             elif event["kind"] == "validation":
                 wandb_run.log_validation(event)
+                alarm = newest_alarm(run.read_metrics())
+                if alarm:
+                    progress.update({"kind": "note", "text": f"alarm: {alarm.text}"})
+                    wandb_run.alert(alarm)
             elif event["kind"] == "stopped":
                 stopped.append(event)
 
-        arguments = ["--folder", str(run.path), "--until", str(until), "--url", server.url]
-        arguments += ["--version", reward.version, "--judge", judge.uri, *_ends_at(config)]
+        arguments = ["--folder", str(run.path), "--until", str(until), "--url", server.url, "--judge", judge.uri]
+        arguments += ["--reward-model", json.dumps(asdict(reward)), *_metrics_url(server), *ends_at(config)]
         run_workers(
             WORKER,
             arguments,
@@ -66,8 +70,5 @@ def iterate(config: Config, run: RunFolder, reward: RewardModelRef, judge: Judge
     return checkpoint
 
 
-def _ends_at(config: Config) -> list[str]:
-    seconds = config.max_seconds_per_run
-    if seconds is None:
-        return []
-    return ["--ends-at", str(float(os.environ.get(COMMAND_STARTED, time.time())) + seconds)]
+def _metrics_url(server: RewardServer) -> list[str]:
+    return ["--metrics-url", server.metrics_url] if server.metrics_url else []

@@ -22,6 +22,7 @@ from alignment.config_sections import (
     ResourcesSection,
     ResumeSection,
     RewardSection,
+    RewardTrainingSection,
     RolloutsSection,
     RunSection,
     Section,
@@ -45,6 +46,7 @@ class Config(Section):
     rollouts: RolloutsSection = RolloutsSection()
     selection: SelectionSection = SelectionSection()
     reward: RewardSection = RewardSection()
+    reward_training: RewardTrainingSection = RewardTrainingSection()
     judge: JudgeSection = JudgeSection()
     training: TrainingSection = TrainingSection()
     loop: LoopSection = LoopSection()
@@ -77,6 +79,12 @@ class Config(Section):
         return step % self.loop.val_check_interval == 0 or step == total_steps
 
     @property
+    def merge_weights(self) -> tuple[float, ...]:
+        """Weight of each of the reward model's outputs in the reward."""
+        own = self.reward_training
+        return own.merge_weights or tuple(1 / len(own.attributes) for _ in own.attributes) or (1.0,)
+
+    @property
     def reward_repository(self) -> Path:
         """The Triton model repository that exports go to."""
         return Path(self.reward.repository or Path(self.run.root) / "triton_repo")
@@ -103,11 +111,46 @@ class Config(Section):
                 f"rollouts.batch_rows ({roll.batch_rows}) must be >= rollouts.num_rollouts_per_prompt "
                 f"({roll.num_rollouts_per_prompt}): the responses of a prompt are decoded side by side"
             )
-        if train.min_lr > train.lr:
-            raise ValueError(f"training.min_lr ({train.min_lr}) must be <= training.lr ({train.lr})")
+        for name, section in (("training", train), ("reward_training", self.reward_training)):
+            if section.min_lr > section.lr:
+                raise ValueError(f"{name}.min_lr ({section.min_lr}) must be <= {name}.lr ({section.lr})")
+        self._check_reward_training()
         if self.reward.url is not None and not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^/:\s]+):\d+", self.reward.url):
             raise ValueError(f"reward.url ({self.reward.url}) must be host:port of Triton's gRPC endpoint")
         return self
+
+    def _check_reward_training(self) -> None:
+        own = self.reward_training
+        if own.validation_share + own.test_share >= 1:
+            raise ValueError(
+                f"reward_training.validation_share ({own.validation_share}) + reward_training.test_share "
+                f"({own.test_share}) must be < 1: the rest is what is trained on"
+            )
+        if own.stop_after is not None and not (own.validation_share or own.validation):
+            raise ValueError(
+                f"reward_training.stop_after ({own.stop_after}) needs a validation set: set "
+                "reward_training.validation_share above 0, or reward_training.validation"
+            )
+        if own.loss == "regression" and own.validation:
+            raise ValueError(
+                f"reward_training.validation ({', '.join(own.validation)}) names pairs, and reward_training.loss "
+                "(regression) is validated on ratings: set reward_training.validation_share instead"
+            )
+        if self.reward.output == "standardized" and not (own.held_out or own.test_share):
+            raise ValueError(
+                "reward.output (standardized) needs rewards that were measured: set reward_training.held_out or "
+                "reward_training.test_share"
+            )
+        if (own.loss == "regression") != bool(own.attributes):
+            raise ValueError(
+                f"reward_training.attributes ({', '.join(own.attributes) or 'none'}) name the ratings that regression "
+                f"learns, and reward_training.loss is {own.loss}: set both or neither"
+            )
+        if own.merge_weights and len(own.merge_weights) != len(own.attributes):
+            raise ValueError(
+                f"reward_training.merge_weights has {len(own.merge_weights)} numbers for "
+                f"{len(own.attributes)} reward_training.attributes: give one each"
+            )
 
 
 def parse_config(text: str) -> Config:

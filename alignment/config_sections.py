@@ -109,25 +109,15 @@ class SelectionSection(Section):
 
 class RewardSection(Section):
     model: str = "all-minilm-l6-v2"
-    """Encoder or sequence-classification model: `all-minilm-l6-v2` (embedded), `tiny`, a folder, or a hub name."""
+    """Encoder, causal LM or sequence classifier: `all-minilm-l6-v2` (embedded), `tiny`, a folder, or a hub name."""
     template: str = "{% for m in messages %}{{ m.content }}{% endfor %}"
     """Jinja template that turns `messages` into the text the reward model reads; travels in the export."""
-    train_pairs: str | None = "imdb:pairs"
-    """Preference pairs to train the scalar head on; null serves `model` as it is."""
-    held_out_pairs: str | None = "imdb:held_out_pairs"
-    """Preference pairs that measure accuracy; null leaves accuracy unmeasured."""
-    num_train_pairs: int = Field(1024, ge=1)
-    """Pairs read from `train_pairs`, in its order."""
-    num_held_out_pairs: int = Field(256, ge=1)
-    """Pairs read from `held_out_pairs`, in its order; as many of the judge's."""
     max_tokens: int = Field(64, ge=1)
-    """Longest conversation in the reward model's tokens; longer ones lose the start of the prompt."""
-    lr: Number = Field(2e-4, gt=0)
-    """Peak learning rate of the reward model (linear decay to 0)."""
-    batch_size: int = Field(32, ge=1)
-    """Pairs per optimizer step of the reward model."""
-    epochs: int = Field(1, ge=1)
-    """Passes over the training pairs."""
+    """Longest conversation in the reward model's tokens."""
+    over_long: Literal["cut", "refuse"] = "cut"
+    """A longer conversation loses the start of its prompt, or is an error; the server counts both."""
+    output: Literal["raw", "standardized"] = "raw"
+    """`standardized`: minus the mean of the held-out rewards, over their deviation, both as measured for the export."""
     name: str = Field("reward_model", pattern=r"^[A-Za-z0-9_-]+$")
     """Name of the model in the Triton repository."""
     repository: str | None = None
@@ -144,24 +134,25 @@ class RewardSection(Section):
     """Seconds that a reward server may be gone or overloaded before scoring gives up and the run stops."""
     token_budget: int = Field(1024, ge=1)
     """Padded tokens per forward pass inside the server."""
+    instances: int = Field(1, ge=1)
+    """Copies of the model on each GPU of the server, or on its CPU; written when a name is first exported."""
+    device_map: Literal["auto"] | None = None
+    """`auto` lays one copy over all GPUs of the server, for a model that one GPU cannot hold."""
+    dtype: Literal["float32", "weights"] = "float32"
+    """What a GPU serves it in: float32, or the type of the stored weights. A CPU computes in float32."""
+    runtime: Literal["torch", "onnxruntime"] = "torch"
+    """What computes the forward pass; `onnxruntime` takes requirements-onnx.txt, an encoder, and float32."""
 
 
-class JudgeSection(Section):
-    train_pairs: str = "rotten_tomatoes:pairs"
-    """Preference pairs that train the judge; no text of the reward model's."""
-    held_out_pairs: str = "imdb:held_out_pairs"
-    """Preference pairs that measure the judge's accuracy."""
-    num_train_pairs: int = Field(4096, ge=1)
-    """Pairs read from `train_pairs`, in its order."""
+class OptimizerSection(Section):
+    """What every training has; a step is an RS step of the policy, an optimizer step of the reward model."""
 
-
-class TrainingSection(Section):
     lr: Number = Field(2e-5, gt=0)
-    """Peak learning rate of the policy."""
+    """Peak learning rate."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate over the run's RS steps."""
+    """Course of the learning rate over the steps."""
     warmup_steps: int = Field(0, ge=0)
-    """RS steps of linear warm-up."""
+    """Steps of linear warm-up."""
     min_lr: Number = Field(0.0, ge=0)
     """Learning rate at the end of a linear or cosine schedule."""
     weight_decay: Number = Field(0.01, ge=0)
@@ -173,9 +164,68 @@ class TrainingSection(Section):
     gradient_clip: Number = Field(1.0, gt=0)
     """Largest global gradient norm."""
     global_batch_size: int = Field(8, ge=1)
-    """Selected responses per optimizer step, over all workers."""
+    """Examples per optimizer step, over all workers: selected responses, preference pairs or rated answers."""
     micro_batch_size: int = Field(8, ge=1)
-    """Responses per forward and backward pass on one worker."""
+    """Examples per forward and backward pass on one worker."""
+
+
+class RewardTrainingSection(OptimizerSection):
+    train: str | None = "imdb:pairs"
+    """Preference pairs (rated answers for `regression`) to train on; null serves `reward.model` as it is."""
+    num_train: int = Field(1024, ge=1)
+    """Examples read from `train`, in its order."""
+    validation_share: Number = Field(0.0, ge=0, lt=1)
+    """Share of the prompts of `train` set aside to choose the checkpoint; without validation the last is exported."""
+    validation: tuple[str, ...] = ()
+    """Sets of preference pairs that are validated on too; the share, or else the first of these, chooses."""
+    test_share: Number = Field(0.0, ge=0, lt=1)
+    """Share of the prompts of `train` set aside to measure the result: its accuracy is then the reward model's."""
+    held_out: str | None = "imdb:held_out_pairs"
+    """Preference pairs that measure the result; without a test share, their accuracy is the reward model's."""
+    num_held_out: int = Field(256, ge=1)
+    """Pairs read from `validation`, `held_out` and `also_measure` each, in their order; as many of the judge's."""
+    also_measure: tuple[str, ...] = ()
+    """Further sets of preference pairs that are measured and reported, each by its name."""
+    loss: Literal["bradley_terry", "margin", "scaled", "regression"] = "bradley_terry"
+    """Loss: `margin` and `scaled` use the pairs' margins, `regression` the ratings (see models/reward_losses.py)."""
+    attributes: tuple[str, ...] = ()
+    """Names of the ratings that `regression` learns, one output each."""
+    merge_weights: tuple[Number, ...] = ()
+    """Weight of each attribute in the reward; empty weighs them equally, summing to 1."""
+    epochs: int = Field(1, ge=1)
+    """Passes over the training examples."""
+    val_check_interval: int = Field(50, ge=1)
+    """Optimizer steps between validations, each with a checkpoint that a later run can go on from."""
+    stop_after: int | None = Field(None, ge=1)
+    """Validations without a lower validation loss after which training ends early; null never."""
+    lora_rank: int = Field(0, ge=0)
+    """Rank of LoRA adapters on all linear layers, merged in the export; 0 trains all weights."""
+    lora_alpha: int = Field(16, ge=1)
+    """LoRA's scale: adapters are multiplied by alpha / rank."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage; 3 shards the weights over the workers, for a model that one GPU cannot hold."""
+    lr: Number = Field(2e-4, gt=0)
+    """Peak learning rate of the reward model."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Course of the learning rate over the optimizer steps."""
+    beta2: Number = Field(0.999, ge=0, lt=1)
+    """AdamW's decay of the second moment."""
+    global_batch_size: int = Field(32, ge=1)
+    """Examples per optimizer step, over all workers."""
+    micro_batch_size: int = Field(32, ge=1)
+    """Examples per forward and backward pass on one worker."""
+
+
+class JudgeSection(Section):
+    train_pairs: str = "rotten_tomatoes:pairs"
+    """Preference pairs that train the judge; no text of the reward model's."""
+    held_out_pairs: str = "imdb:held_out_pairs"
+    """Preference pairs that measure the judge's accuracy."""
+    num_train_pairs: int = Field(4096, ge=1)
+    """Pairs read from `train_pairs`, in its order."""
+
+
+class TrainingSection(OptimizerSection):
     zero_stage: Literal[0, 1, 2] = 0
     """DeepSpeed ZeRO stage."""
 

@@ -18,7 +18,7 @@ from alignment.launch import run_workers
 from alignment.preparation import cache_folder, load_prompt_sets
 from alignment.run_folder import RunFolder
 from alignment.stages import begin
-from alignment.task import claim_devices, ready_timeout_s, reward_client, served
+from alignment.task import claim_devices, served, tested_client
 from alignment.types import Decision, Prompt, RewardModelRef, Rollout, ScoredRollout, StepUpdate
 
 Plain = dict[str, Any]
@@ -94,8 +94,10 @@ def train(
     seconds: Mapping[str, float],
 ) -> Plain:
     """Fine-tune on the selected rollouts in workers of their own; returns a reference to their checkpoint."""
-    from alignment.rs_step import step_record
+    from alignment.records import step_record
+    from alignment.triton_metrics import FIELDS
     from models.checkpoints import last_checkpoint
+    from models.judge import load_judge
 
     claim_devices(config)
     run, step, begun = _run(place), place["step"], time.monotonic()
@@ -114,15 +116,24 @@ def train(
         raise CheckpointError(f"{run.checkpoints} holds no checkpoint of RS step {step}, which the workers just made")
     result = StepUpdate(**next(e["update"] for e in events if e["kind"] == "update"))
     took = {**seconds, "update": time.monotonic() - begun}
-    record = step_record(step, [_scored(r) for r in scored], [Decision(**d) for d in decisions], result, took)
+    record = step_record(
+        step,
+        [_scored(r) for r in scored],
+        [Decision(**d) for d in decisions],
+        result,
+        took,
+        judge=load_judge(Path(place["judge_ref"]["uri"])),
+        scoring_server=dict.fromkeys(FIELDS),  # of the scoring phase, whose server may be gone by now
+    )
     run.truncate_metrics(step - 1)
     run.append_metrics(record)
     return asdict(checkpoint)
 
 
 def validate(config: Config, place: Place) -> Plain:
-    """The validation of the last checkpoint, where one is due; returns its record, which is also the run's."""
-    from alignment.rs_step import validation_record
+    """The validation of the last checkpoint, where one is due; returns its means. The run gets the whole record."""
+    from alignment.over_optimisation import newest_alarm
+    from alignment.records import validation_record
     from models.judge import load_judge
 
     begun, run = time.monotonic(), _run(place)
@@ -133,7 +144,10 @@ def validate(config: Config, place: Place) -> Plain:
     record = validation_record(place["step"], _score(config, place, rollouts), judge, seconds=time.monotonic() - begun)
     if not any(r["kind"] == "validation" and r["step"] == place["step"] for r in run.read_metrics()):
         run.append_metrics(record)  # a retried task finds its record
-    return record
+    alarm = newest_alarm(run.read_metrics())
+    if alarm:
+        print(f"alarm: {alarm.text}")
+    return {key: value for key, value in record.items() if key not in ("rewards", "judged")}
 
 
 def _generate(
@@ -173,9 +187,8 @@ def _score(config: Config, place: Place, rollouts: Sequence[Rollout]) -> list[Sc
     reward = RewardModelRef(**place["reward_model_ref"])
     with (
         served(config, _run(place), reward) as server,
-        reward_client(config, server.url, reward.version, check=server.check) as client,
+        tested_client(config, server, reward, print) as client,
     ):
-        client.wait_ready(ready_timeout_s(config))
         return score_rollouts(client, rollouts)
 
 

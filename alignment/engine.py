@@ -1,4 +1,8 @@
-"""The DeepSpeed engine around a policy: set-up, learning rate, and optimizer state as plain tensors.
+"""The DeepSpeed engine around a policy or a reward model: set-up, one optimizer step, optimizer state as plain tensors.
+
+An engine's module is a loss: its forward gives the summed loss of a micro-batch. DeepSpeed averages over ranks and
+divides by the accumulation steps, so each micro-batch is scaled by world_size × accumulation / N, where N counts what
+the optimizer step's loss is a mean of, over all ranks: the gradient does not depend on micro-batches or ranks.
 
 No C++ is compiled on a CPU: the optimizer is torch's own AdamW, and DeepSpeed's shared-memory
 communication op, which it would otherwise build at the first use of gloo, is declared unavailable.
@@ -7,31 +11,17 @@ communication op, which it would otherwise build at the first use of gloo, is de
 import atexit
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from alignment.config_sections import TrainingSection
-from alignment.errors import CheckpointError
+from alignment.config_sections import OptimizerSection
+from alignment.errors import CheckpointError, TrainingError
 from alignment.one_node import store_url
-from models.batching import ResponseBatch, response_logits
-from models.losses import response_loss_sum
 from models.memory import keep_freed_memory
-
-
-class ResponseLoss(nn.Module):
-    """A policy as a module whose forward is the summed response loss: what the engine wraps."""
-
-    def __init__(self, policy: nn.Module) -> None:
-        super().__init__()
-        self.policy = policy
-
-    def forward(self, batch: ResponseBatch) -> Tensor:
-        """Cross-entropy summed over the batch's response tokens, in nats; a scalar."""
-        return response_loss_sum(response_logits(self.policy, batch), batch.targets, batch.response_mask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,44 +53,94 @@ def start_ranks(*, threads: int, gpu: bool) -> Ranks:
         verbose=False,
     )
     # Gloo's threads must end before the interpreter does: else the process may abort after its work is done.
-    atexit.register(torch.distributed.destroy_process_group)
+    atexit.register(_leave_ranks)
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
 
-def gradient_accumulation_steps(training: TrainingSection, world_size: int) -> int:
+def _leave_ranks() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def gradient_accumulation_steps(section: OptimizerSection, world_size: int) -> int:
     """Micro-batches per rank that hold a whole global batch."""
-    return math.ceil(math.ceil(training.global_batch_size / training.micro_batch_size) / world_size)
+    return math.ceil(math.ceil(section.global_batch_size / section.micro_batch_size) / world_size)
 
 
-def build_engine(model: nn.Module, training: TrainingSection, *, world_size: int) -> Any:
-    """A DeepSpeed engine over `ResponseLoss(model)` with torch's AdamW at the section's settings."""
+def build_engine(module: nn.Module, section: OptimizerSection, *, zero_stage: int, world_size: int) -> Any:
+    """A DeepSpeed engine over a loss module with torch's AdamW on its trainable parameters."""
     import deepspeed
 
-    module = ResponseLoss(model)
+    trainable = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        module.parameters(),
-        lr=training.lr,
-        betas=(training.beta1, training.beta2),
-        weight_decay=training.weight_decay,
+        trainable,
+        lr=section.lr,
+        betas=(section.beta1, section.beta2),
+        weight_decay=section.weight_decay,
         fused=True,  # one pass over memory; on a CPU the loop over tensors takes several times as long
     )
     settings = {
-        "train_micro_batch_size_per_gpu": training.micro_batch_size,
-        "gradient_accumulation_steps": gradient_accumulation_steps(training, world_size),
-        "gradient_clipping": training.gradient_clip,
-        "zero_optimization": {"stage": training.zero_stage},
+        "train_micro_batch_size_per_gpu": section.micro_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps(section, world_size),
+        "gradient_clipping": section.gradient_clip,
+        "zero_optimization": {"stage": zero_stage},
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": next(module.parameters()).dtype == torch.bfloat16},
+        "bf16": {"enabled": trainable[0].dtype == torch.bfloat16},
         "steps_per_print": 2**31,
     }
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
 
 
-def learning_rate(step: int, training: TrainingSection, *, max_steps: int) -> float:
-    """The rate of RS step `step` (from 1): linear warm-up, then the schedule over the steps that are left.
+def optimizer_step(
+    engine: Any, micro_batches: Sequence[tuple[Any, float]], *, count: int, ranks: Ranks, section: str
+) -> tuple[float, float]:
+    """One optimizer step over this rank's micro-batches, each with its weight; 0 where only the backward must run.
 
-    A function of RS progress alone, so that a resume needs no scheduler state.
+    All ranks bring equally many. `count` is what the loss is a mean of, over all ranks. Returns the loss summed over
+    all ranks and the global gradient norm before clipping. Raises TrainingError naming `section` where one of them is
+    not finite: under ZeRO, which knows its norm only after the step, the weights in memory have then changed.
+    """
+    scale = ranks.world_size * len(micro_batches) / count
+    loss_sum = torch.zeros((), device=engine.device)
+    for batch, weight in micro_batches:
+        loss = engine(batch) * weight
+        loss_sum += loss.detach()
+        engine.backward(loss * scale)
+        norm = _unclipped_norm(engine)
+        _check_finite(norm, "gradient norm", section)
+        engine.step()
+    if ranks.world_size > 1:
+        torch.distributed.all_reduce(loss_sum)
+    norm = float(engine.get_global_grad_norm()) if norm is None else norm
+    _check_finite(norm, "gradient norm", section)
+    _check_finite(float(loss_sum), "loss", section)
+    return float(loss_sum), norm
+
+
+def _check_finite(value: float | None, what: str, section: str) -> None:
+    if value is not None and not math.isfinite(value):
+        raise TrainingError(
+            f"the {what} is {value}: training diverged. Lower {section}.lr, then start a new run; "
+            "the checkpoints so far are intact"
+        )
+
+
+def _unclipped_norm(engine: Any) -> float | None:
+    """The global gradient norm of a plain fp32 engine at its boundary; the other engines report their own.
+
+    Without ZeRO in fp32, DeepSpeed clips with torch and keeps no record of the norm.
+    """
+    if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
+        return None
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+
+
+def learning_rate(step: int, training: OptimizerSection, *, max_steps: int) -> float:
+    """The rate of step `step` (from 1) of `max_steps`: linear warm-up, then the schedule over the steps that are left.
+
+    A function of progress alone, so that a resume needs no scheduler state.
     """
     if step <= training.warmup_steps:
         return training.lr * step / training.warmup_steps
@@ -113,32 +153,34 @@ def learning_rate(step: int, training: TrainingSection, *, max_steps: int) -> fl
 
 def optimizer_tensors(engine: Any) -> dict[str, Tensor]:
     """This rank's optimizer state as `<parameter>.<name>` tensors; ZeRO's fp32 masters as `<parameter>.master`."""
-    optimizer = engine.basic_optimizer
-    state: Mapping[int, Mapping[str, Any]] = optimizer.state_dict()["state"]
-    tensors = {f"{i}.{name}": torch.as_tensor(value) for i, entry in state.items() for name, value in entry.items()}
-    if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
-        tensors |= {f"{i}.master": p.detach() for i, p in enumerate(_parameters(optimizer))}
+    state, masters = engine.basic_optimizer.state, engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled()
+    tensors: dict[str, Tensor] = {}
+    for i, parameter in enumerate(_parameters(engine)):
+        tensors |= {f"{i}.{name}": torch.as_tensor(value) for name, value in state.get(parameter, {}).items()}
+        if masters:
+            tensors[f"{i}.master"] = parameter.detach()
     return tensors
 
 
 def restore_optimizer(engine: Any, tensors: Mapping[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` gave. Raises CheckpointError where it does not fit."""
-    optimizer = engine.basic_optimizer
-    parameters = _parameters(optimizer)
-    state: dict[int, dict[str, Tensor]] = {}
+    parameters, state = _parameters(engine), engine.basic_optimizer.state
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
         if int(index) >= len(parameters) or (tensor.dim() and tensor.shape != parameters[int(index)].shape):
             raise CheckpointError(
                 f"optimizer state {key} {tuple(tensor.shape)} does not fit this engine: "
-                "resume with the model, training.zero_stage and number of workers that wrote it"
+                "resume with the model, zero_stage and number of workers that wrote it"
             )
+        parameter = parameters[int(index)]
         if name == "master":
-            parameters[int(index)].data.copy_(tensor)
+            parameter.data.copy_(tensor)
         else:
-            state.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            state[parameter][name] = tensor.to(parameter.device)
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+def _parameters(engine: Any) -> list[Tensor]:
+    """What AdamW steps on: the model's parameters, or this rank's part of them in ZeRO's flat fp32 groups."""
+    if engine.zero_optimization_stage() == 3:  # which lends them to the optimizer for the time of a step only
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [p for group in engine.basic_optimizer.param_groups for p in group["params"]]

@@ -10,7 +10,7 @@ from alignment.errors import CheckpointError
 from alignment.preparation import cache_folder, load_prompt_sets
 from alignment.progress import ProgressLines
 from alignment.run_folder import RunFolder, write_json
-from alignment.task import claim_devices, ready_timeout_s, reward_client, served, timed_task, tracker
+from alignment.task import claim_devices, served, tested_client, timed_task, tracker
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
 
 if TYPE_CHECKING:
@@ -84,8 +84,9 @@ def _samples(
         base = load_policy(policy_folder(config.policy.model, cache_folder(config)), prompt_format=form, device=device)
         aligned = load_policy(checkpoint.uri, prompt_format=form, device=device)
         prompts, judge = load_prompt_sets(run.path).evaluation, load_judge(Path(judge_ref.uri))
-        with reward_client(config, server.url, reward.version, check=server.check) as client:
-            client.wait_ready(ready_timeout_s(config))
+        with tested_client(
+            config, server, reward, lambda text: progress.update({"kind": "note", "text": text})
+        ) as client:
             of_base, of_aligned = (
                 sample_and_score(
                     policy,

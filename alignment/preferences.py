@@ -7,11 +7,15 @@ Read from built-in names or JSON lines in four forms:
     {"prompt": TEXT or MESSAGES, "chosen": TEXT, "rejected": TEXT}
     {"text": …} lines in turn                                   chosen, rejected, chosen, rejected … (NeMo-Aligner)
 
+The first three may say how clearly the first is preferred: "margin", or else "score_chosen" and
+"score_rejected" (as in UltraFeedback), of which the difference counts. null is as good as nothing.
+
 A pair whose sides do not share all but the last turn, a malformed dialogue and a pair of equal answers are
-left out and counted. A line of the wrong type or with other keys is an error of the file.
+left out and counted. A line of the wrong type, with other keys or with a negative margin is an error of the file.
 """
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,6 +32,7 @@ LeftOut = Literal["different_prompts", "malformed", "identical"]
 Sides = tuple[tuple[Message, ...], str, str]
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+_SCORES = ("score_chosen", "score_rejected")
 _TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -47,13 +52,13 @@ def read_pairs(
     pairs: list[PreferencePair] = []
     left_out: Counter[LeftOut] = Counter()
     for record, place in _paired_lines(path):
-        sides = shared_prompt(record, place)
+        sides, margin = shared_prompt(record, place), _margin(record, place)
         if isinstance(sides, str):
             left_out[sides] += 1
         elif sides[1] == sides[2]:
             left_out["identical"] += 1
         else:
-            pairs.append(PreferencePair(*sides))
+            pairs.append(PreferencePair(*sides, margin))
             if len(pairs) == limit:
                 break
     if not pairs:
@@ -96,6 +101,11 @@ def shared_prompt(record: dict[str, Any], place: str) -> Sides | LeftOut:
     if sides[0][:-1] != sides[1][:-1]:
         return "different_prompts"
     return sides[0][:-1], sides[0][-1]["content"], sides[1][-1]["content"]
+
+
+def is_transcript(text: str) -> bool:
+    """Whether a text begins as a transcript does; `parse_transcript` tells whether it is a whole one."""
+    return _TURN.match(text) is not None
 
 
 def parse_transcript(text: str) -> tuple[Message, ...]:
@@ -144,6 +154,29 @@ def parse_messages(value: Any, place: str) -> tuple[Message, ...]:
     return tuple(messages)
 
 
+def parse_number(value: Any, name: str, place: str) -> float:
+    """A JSON number that a float can hold; true and false are none. Raises DataError naming `place` and `name`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise DataError(f"{place}: {name} must be a finite number, found {_found(value)}")
+    return float(value)
+
+
+def _margin(record: dict[str, Any], place: str) -> float | None:
+    """How clearly the first side is preferred, or None. Raises DataError for a negative one or a wrong type."""
+    given = {key: record[key] for key in ("margin", *_SCORES) if record.get(key) is not None}
+    if not given:
+        return None
+    if "margin" in given:
+        name, margin = '"margin"', parse_number(given["margin"], '"margin"', place)
+    else:
+        name = '"score_chosen" - "score_rejected"'
+        chosen, rejected = (parse_number(given.get(key), f'"{key}"', place) for key in _SCORES)
+        margin = parse_number(chosen - rejected, name, place)
+    if margin < 0:
+        raise DataError(f"{place}: {name} must be >= 0, found {margin}: swap the sides, or leave the pair out")
+    return margin
+
+
 def _paired_lines(path: Path) -> Iterable[tuple[dict[str, Any], str]]:
     """Records with "chosen" and "rejected", and their places; two lines of {"text"} make one record."""
     waiting: str | None = None
@@ -159,7 +192,7 @@ def _paired_lines(path: Path) -> Iterable[tuple[dict[str, Any], str]]:
             if waiting is None:
                 waiting = text
                 continue
-            both_transcripts = all(_TURN.match(side) for side in (waiting, text))
+            both_transcripts = is_transcript(waiting) and is_transcript(text)
             prompt: dict[str, Any] = {} if both_transcripts else {"prompt": ""}
             yield {"chosen": waiting, "rejected": text, **prompt}, place
             waiting = None

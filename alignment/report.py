@@ -5,18 +5,21 @@ report promises is checked to be there. The page itself is drawn by `alignment.r
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from alignment.atomic_files import write_text
 from alignment.errors import DataError
+from alignment.over_optimisation import alarms
 from alignment.progress import duration
 from alignment.run_folder import RunFolder, write_json
+from alignment.triton_metrics import FIELDS
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
 
 REWARD_KEYS = ("reward_mean", "selected_reward_mean", "response_length_mean", "truncated_fraction")
 STEP_KEYS = ("step", *REWARD_KEYS, "loss", "grad_norm", "lr")
+SHADOW_KEYS = ("judge_mean", "selected_judge_mean")
 PHASES = ("rollouts", "scoring", "update")
 VALIDATION_KEYS = ("step", "reward_mean", "judge_mean")
 POLICY_KEYS = ("reward_mean", "judge_mean", "response_length_mean", "distinct_2")
@@ -80,6 +83,7 @@ def build_report(
     return {
         "run_id": run_id,
         "steps": steps,
+        "alarms": [asdict(alarm) for alarm in alarms(metrics)],
         "validation": [{key: _take(r, key, _name(r)) for key in VALIDATION_KEYS} for r in validations],
         "evaluation": dict(evaluation),
         "reward_model": {key: getattr(reward_model, key) for key in ("name", "version", "digest", "accuracy")},
@@ -124,10 +128,13 @@ def verdict(report: Mapping[str, Any]) -> str:
 
 
 def summary(report: Mapping[str, Any], page: str) -> str:
-    """At most 12 lines for the terminal; `page` is where report.html lies."""
+    """At most 13 lines for the terminal; `page` is where report.html lies."""
     e, seconds = report["evaluation"], report["seconds"]
     best = e["best_of_n"]
     lines = [f"run {report['run_id']}: {verdict(report)}"]
+    if report["alarms"]:  # one line, whatever their number: each was told when it came
+        at = ", ".join(str(alarm["step"]) for alarm in report["alarms"])
+        lines.append(f"  alarm      at RS step {at}: the judge does not follow the reward")
     for label, key in (("reward", "reward"), ("judge", "judge")):
         low, high = e[f"{key}_gain_ci95"]
         before, after, gain = e["base"][f"{key}_mean"], e["aligned"][f"{key}_mean"], e[f"{key}_gain"]
@@ -153,6 +160,9 @@ def summary(report: Mapping[str, Any], page: str) -> str:
 def _step(record: Mapping[str, Any], validation_seconds: Mapping[int, float]) -> dict[str, Any]:
     step = {key: _take(record, key, _name(record)) for key in STEP_KEYS}
     seconds = {phase: _take(record, f"seconds.{phase}", _name(record)) for phase in PHASES}
+    # A run may go on from one whose steps were recorded before these were measured.
+    step |= {key: record.get(key) for key in SHADOW_KEYS}
+    step["scoring_server"] = {key: record.get("scoring_server", {}).get(key) for key in FIELDS}
     return step | {"seconds": seconds | {"validation": validation_seconds.get(step["step"], 0.0)}}
 
 

@@ -5,53 +5,44 @@ own content policy forbids scripts and requests. Charts are inline SVG; here the
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-WIDTH, HEIGHT = 440, 260
-LEFT, RIGHT, TOP, BOTTOM = 48, 16, 10, 50
-"""Size of a chart and of the margins around its plot, in SVG units."""
-TICKS = 5
+from alignment.charts import SIZE, Chart, Point, Series, axis, line_chart, x_place, y_place
 
-Point = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Series:
-    """One line of a chart, or one point with whiskers; positions in SVG units. `style` picks colour and mark."""
-
-    name: str
-    style: int
-    points: list[tuple[float, float, str]]
-    """x, y and the text shown for the point."""
-    whiskers: list[tuple[float, float, float, float]]
-    """Segments x1, y1, x2, y2."""
-
-    @property
-    def path(self) -> str:
-        """The `points` attribute of the polyline."""
-        return " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in self.points)
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A laid-out chart; ticks are (position, label)."""
-
-    key: str
-    title: str
-    description: str
-    x_label: str
-    y_label: str
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    series: list[Series]
+if TYPE_CHECKING:
+    from jinja2 import Environment, Template
 
 
 def render_page(report: Mapping[str, Any], verdict: str, samples: Sequence[Any], config: str) -> str:
     """The whole page. `samples` are `report.Sample`s, `config` the text of config.json (shown as it is)."""
+    seconds = dict(report["seconds"])
+    total = seconds.pop("total")
+    if "seconds" in report["evaluation"]:
+        seconds["evaluation"] = report["evaluation"]["seconds"]
+    return page_template("report.html.jinja").render(
+        r=report,
+        e=report["evaluation"],
+        verdict=verdict,
+        samples=samples,
+        config=_pretty(config),
+        charts=[chart for chart in _charts(report) if chart.series],
+        phases=[(name, value, value / total if total else 0.0) for name, value in seconds.items()],
+        total_seconds=total,
+        size=SIZE,
+    )
+
+
+def page_template(name: str) -> "Template":
+    """A template of this folder: everything is escaped, an undefined name is an error."""
+    return _environment().get_template(name)
+
+
+@cache
+def _environment() -> "Environment":
+    """The templates' surroundings, made once: they are compiled once then too."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -62,21 +53,7 @@ def render_page(report: Mapping[str, Any], verdict: str, samples: Sequence[Any],
         lstrip_blocks=True,
     )
     environment.filters |= {"number": _number, "percent": _percent, "visible": visible}
-    seconds = dict(report["seconds"])
-    total = seconds.pop("total")
-    if "seconds" in report["evaluation"]:
-        seconds["evaluation"] = report["evaluation"]["seconds"]
-    return environment.get_template("report.html.jinja").render(
-        r=report,
-        e=report["evaluation"],
-        verdict=verdict,
-        samples=samples,
-        config=_pretty(config),
-        charts=[chart for chart in _charts(report) if chart.series],
-        phases=[(name, value, value / total if total else 0.0) for name, value in seconds.items()],
-        total_seconds=total,
-        size={"w": WIDTH, "h": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "top": TOP, "bottom": HEIGHT - BOTTOM},
-    )
+    return environment
 
 
 def visible(text: str) -> str:
@@ -96,43 +73,31 @@ def _charts(report: Mapping[str, Any]) -> list[Chart]:
         "Selected rollouts": line(steps, "selected_reward_mean"),
         "Validation": line(validations, "reward_mean"),
     }
+    judged = {
+        "All rollouts": line(steps, "judge_mean"),
+        "Selected rollouts": line(steps, "selected_judge_mean"),
+        "Validation": line(validations, "judge_mean"),
+    }
     return [
-        _line_chart("rewards", "Mean reward by step", "mean reward", rewards),
-        _line_chart(
-            "judge", "Validation: judge by step", "mean judge score", {"Judge": line(validations, "judge_mean")}
-        ),
+        line_chart("rewards", "Mean reward by step", "RS step", "mean reward", rewards),
+        line_chart("judge", "Mean judge score by step", "RS step", "mean judge score", judged),
         _frontier(report["evaluation"]),
     ]
-
-
-def _line_chart(key: str, title: str, y_label: str, lines: Mapping[str, Sequence[Point]]) -> Chart:
-    known = {name: points for name, points in lines.items() if points}
-    every = [point for points in known.values() for point in points]
-    x_axis, y_axis = _axis([x for x, _ in every], whole=True), _axis([y for _, y in every])
-    series = []
-    for style, (name, points) in enumerate(known.items()):
-        placed = [(_x(x, x_axis), _y(y, y_axis), f"{name}, step {x:g}: {y:.4g}") for x, y in points]
-        series.append(Series(name, style, placed, []))
-    told = "; ".join(
-        f"{name}: {p[0][1]:.3g} at step {p[0][0]:g}, {p[-1][1]:.3g} at step {p[-1][0]:g}" for name, p in known.items()
-    )
-    ticks = [(_x(t, x_axis), f"{t:g}") for t in x_axis], [(_y(t, y_axis), f"{t:g}") for t in y_axis]
-    return Chart(key, title, told, "RS step", y_label, *ticks, series)
 
 
 def _frontier(evaluation: Mapping[str, Any]) -> Chart:
     """Win rate against KL: what was won, and how far the policy moved for it. Best-of-n's KL is an upper bound."""
     best, kl = evaluation["best_of_n"], evaluation["aligned"]["kl_to_base"]
     low, high = evaluation["aligned"]["kl_to_base_ci95"]
-    x_axis = _axis([0.0, high, kl, best["kl_bound"]])
+    x_axis = axis([0.0, high, kl, best["kl_bound"]])
     y_axis = [0.0, 0.25, 0.5, 0.75, 1.0]
     series: list[Series] = []
     for name, key in (("Aligned, by reward", "win_rate"), ("Aligned, by judge", "judge_win_rate")):
         rate, (bottom, top) = evaluation[key], evaluation[f"{key}_ci95"]
-        x, y = _x(kl, x_axis), _y(rate, y_axis)
+        x, y = x_place(kl, x_axis), y_place(rate, y_axis)
         whiskers = [
-            (_x(low, x_axis), y, _x(high, x_axis), y),
-            (x, _y(bottom, y_axis), x, _y(top, y_axis)),
+            (x_place(low, x_axis), y, x_place(high, x_axis), y),
+            (x, y_place(bottom, y_axis), x, y_place(top, y_axis)),
         ]
         series.append(Series(name, len(series), [(x, y, f"{name}: {rate:.1%} at {kl:.3g} nats")], whiskers))
     for name, key in (
@@ -140,9 +105,11 @@ def _frontier(evaluation: Mapping[str, Any]) -> Chart:
         (f"Best of {best['n']}, by judge", "judge_win_rate"),
     ):
         text = f"{name}: {best[key]:.1%} at no more than {best['kl_bound']:.3g} nats"
-        series.append(Series(name, len(series), [(_x(best["kl_bound"], x_axis), _y(best[key], y_axis), text)], []))
+        series.append(
+            Series(name, len(series), [(x_place(best["kl_bound"], x_axis), y_place(best[key], y_axis), text)], [])
+        )
     told = "; ".join(s.points[0][2] for s in series)
-    ticks = [(_x(t, x_axis), f"{t:g}") for t in x_axis], [(_y(t, y_axis), f"{t:.0%}") for t in y_axis]
+    ticks = [(x_place(t, x_axis), f"{t:g}") for t in x_axis], [(y_place(t, y_axis), f"{t:.0%}") for t in y_axis]
     return Chart(
         "frontier",
         "Win rate against KL to the base",
@@ -152,27 +119,6 @@ def _frontier(evaluation: Mapping[str, Any]) -> Chart:
         *ticks,
         series,
     )
-
-
-def _axis(values: Sequence[float], whole: bool = False) -> list[float]:
-    """Round tick values that span `values`: steps of 1, 2 or 5 times a power of ten, whole ones on request."""
-    low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    if high == low:
-        low, high = low - 0.5, high + 0.5
-    rough = (high - low) / TICKS
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * (1 - 1e-9))
-    step = max(1.0, step) if whole else step
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(k * step, 10) for k in range(first, last + 1)]
-
-
-def _x(value: float, axis: Sequence[float]) -> float:
-    return LEFT + (WIDTH - LEFT - RIGHT) * (value - axis[0]) / (axis[-1] - axis[0])
-
-
-def _y(value: float, axis: Sequence[float]) -> float:
-    return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - axis[0]) / (axis[-1] - axis[0])
 
 
 def _number(value: float | None, digits: int = 3, sign: bool = False) -> str:

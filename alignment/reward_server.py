@@ -22,11 +22,12 @@ SOURCE_ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class RewardServer:
-    """`url` is host:port of its gRPC. A local server has a process and a log, an external one has neither."""
+    """`url` is host:port of its gRPC. A local server also has a process, a log and a metrics URL."""
 
     url: str
     process: subprocess.Popen[bytes] | None = None
     log: Path | None = None
+    metrics_url: str | None = None
 
     def check(self) -> None:
         """Raise RewardServerError with the log's last lines if a local server has ended."""
@@ -58,13 +59,14 @@ def reward_server(
     if url is not None:
         yield RewardServer(url)
         return
-    port = grpc_port or free_ports(1)[0]
+    free, metrics_port = free_ports(2)
+    port = grpc_port or free
     with disk_errors(log):
         log.parent.mkdir(parents=True, exist_ok=True)
         output = log.open("ab")
     with output:
         process = subprocess.Popen(
-            _command(repository, name, version, port, threads),
+            _command(repository, name, version, port, metrics_port, threads),
             env={**os.environ, "PYTHONPATH": _python_path()},
             stdin=subprocess.PIPE,
             stdout=output,
@@ -73,14 +75,14 @@ def reward_server(
             start_new_session=True,
         )
     try:
-        yield RewardServer(f"127.0.0.1:{port}", process, log)
+        yield RewardServer(f"127.0.0.1:{port}", process, log, f"http://127.0.0.1:{metrics_port}/metrics")
     finally:
         _stop(process)
 
 
-def _command(repository: Path, name: str, version: str, port: int, threads: int | None) -> list[str]:
+def _command(repository: Path, name: str, version: str, port: int, metrics_port: int, threads: int | None) -> list[str]:
     command = [sys.executable, "-m", "infra.triton", "--watch-stdin", "--repository", str(repository), "--model", name]
-    command += ["--grpc-port", str(port), "--version", version]
+    command += ["--grpc-port", str(port), "--metrics-port", str(metrics_port), "--version", version]
     return command if threads is None else [*command, "--threads", str(threads)]
 
 

@@ -1,76 +1,256 @@
-"""The reward model and the judge of a run: trained, measured, exported; reused where the same recipe made one."""
+"""The reward model of a run: trained by its workers, measured, exported; reused where the same recipe made one."""
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from alignment.atomic_files import disk_errors
 from alignment.config import Config
 from alignment.embedded import reward_model_folder
-from alignment.errors import ConfigError
-from alignment.launch import SOURCE_ROOT
-from alignment.preferences import read_pairs
+from alignment.errors import AlignmentError, StoppedError
+from alignment.launch import SOURCE_ROOT, run_workers
 from alignment.preparation import cache_folder
-from alignment.types import JudgeRef, Message, PreferencePair, RewardModelRef
+from alignment.reward_data import TEST, RewardData, read_reward_data
+from alignment.run_folder import RunFolder
+from alignment.task import ends_at, reward_client
+from alignment.types import RewardModelRef
 from models.checkpoints import sha256_file
 
 SERVED_CODE = SOURCE_ROOT / "triton_repo" / "reward_model" / "1" / "model.py"
+WORKER = "alignment.reward_worker"
 
 Note = Callable[[str], None]
 
 
-def prepare_reward_model(config: Config, on_note: Note) -> RewardModelRef:
-    """The version that will score: an external server's, one that this recipe exported before, or a new one."""
+def prepare_reward_model(config: Config, on_note: Note, run_id: str = "") -> RewardModelRef:
+    """The version that will score: an external server's, one that this recipe exported before, or a new one.
+
+    `run_id` goes into a new version's card. Raises AlignmentError.
+    """
     from models.reward_export import find_version, read_version
 
     reward = config.reward
     if reward.url:
-        return _external(config)
+        return _external(config, reward.url)
     if reward.version:
         on_note(f"reward model: version {reward.version} scores, with the template and lengths of its export")
         return read_version(config.reward_repository, reward.name, reward.version)
-    data = PairTexts(*(_texts(config, source, limit) for source, limit in _sources(config)))
+    data = read_reward_data(config)
     recipe = recipe_digest(config, data)
-    found = find_version(config.reward_repository, reward.name, recipe)
-    if found:
-        on_note(
-            f"reward model: version {found.version} of {found.name} was made by this recipe, accuracy {found.accuracy}"
-        )
-        return found
-    return _train_and_export(config, data, recipe, on_note)
+    folder = RunFolder(Path(config.run.root) / "reward_training" / recipe[:16])
+    with _alone(folder, on_note):
+        found = find_version(config.reward_repository, reward.name, recipe)
+        if found:
+            on_note(
+                f"reward model: version {found.version} of {found.name} was made by this recipe, "
+                f"accuracy {found.accuracy}"
+            )
+            ref = found
+        else:
+            if data.train:
+                train(config, folder, on_note)
+            ref = _measure_and_export(config, folder, data, {"recipe_digest": recipe, "run_id": run_id}, on_note)
+            on_note(
+                f"reward model: exported version {ref.version} to {ref.repository}, held-out accuracy {ref.accuracy}"
+            )
+        shutil.rmtree(folder.path, ignore_errors=True)  # the export holds the weights, its card the records
+    return ref
 
 
-@dataclass(frozen=True, slots=True)
-class Texts:
-    """The pairs of one source as the reward model reads them, and what was left out by reason."""
-
-    chosen: list[str]
-    rejected: list[str]
-    left_out: dict[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class PairTexts:
-    """Training and held-out texts; None where the config names no source."""
-
-    train: Texts | None
-    held_out: Texts | None
+@contextmanager
+def _alone(folder: RunFolder, on_note: Note) -> Iterator[None]:
+    """Of all that want this recipe's model at once, one makes it while the others wait to find it."""
+    beside = RunFolder(folder.path.with_suffix(".lock"))
+    with disk_errors(beside.path):
+        beside.path.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(beside.lock())
+        except AlignmentError as error:
+            on_note(f"reward model: waiting, since another process makes it ({error})")
+            stack.enter_context(beside.lock(wait_s=math.inf))
+        yield
 
 
-def recipe_digest(config: Config, data: PairTexts) -> str:
+def recipe_digest(config: Config, data: RewardData) -> str:
     """sha256 of what makes an export: settings, the base's files, the texts it learns from, the served code."""
-    serving = {"name", "repository", "url", "version", "grpc_port", "timeout_s", "patience_s"}
-    values = config.reward.model_dump(mode="json", exclude=serving)
+    serving = {"name", "repository", "url", "version", "grpc_port", "timeout_s", "patience_s", "instances"}
     recipe = [
-        values,
+        config.reward.model_dump(mode="json", exclude=serving),
+        config.reward_training.model_dump(mode="json"),
         config.seed,
         _base_files(reward_model_folder(config.reward.model, cache_folder(config))),
         sha256_file(SERVED_CODE),
-        *(asdict(texts) if texts else None for texts in (data.train, data.held_out)),
+        data.digest,
     ]
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+def train(config: Config, folder: RunFolder, on_note: Note) -> None:
+    """Train on all workers, from the last checkpoint in `folder` if there is one. Raises AlignmentError."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.config.write_text(config.model_dump_json(indent=2))
+    stopped: list[str] = []
+    progress = RewardProgress(on_note, config.reward_training.global_batch_size)
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event["kind"] == "stopped":
+            stopped.append(event["reason"])
+        progress.update(event)
+
+    run_workers(
+        WORKER,
+        ["--folder", str(folder.path), *ends_at(config)],
+        num_workers=config.num_workers,
+        on_event=on_event,
+        check=lambda: None,
+        grace_s=config.loop.stop_grace_s,
+    )
+    if stopped:
+        raise StoppedError(
+            f"the reward model's training stopped: {stopped[0]}. The same command, or `resume`, goes on from its last "
+            f"checkpoint in {folder.path}"
+        )
+
+
+class RewardProgress:
+    """Lines about a training: at most one every few seconds, with rate and time left."""
+
+    def __init__(self, on_note: Note, batch_size: int, interval_s: float = 5.0) -> None:
+        self._note, self._batch_size, self._interval_s = on_note, batch_size, interval_s
+        self._begun = self._said = time.monotonic()
+        self._first: int | None = None
+
+    def update(self, event: dict[str, Any]) -> None:
+        """Take a worker's event."""
+        now = time.monotonic()
+        if event["kind"] == "note":
+            self._note(f"reward model: {event['text']}")
+        elif event["kind"] == "reward_validation":
+            accuracy = "" if event["accuracy"] is None else f", accuracy {event['accuracy']:.3f}"
+            self._note(f"reward model: validation after step {event['step']}: loss {event['loss']:.3f}{accuracy}")
+        elif event["kind"] == "reward_step":
+            if self._first is None:
+                self._begun, self._said, self._first = now, now, event["step"]
+                return
+            if now - self._said >= self._interval_s or event["step"] == event["steps"]:
+                self._said = now
+                rate = (event["step"] - self._first) / max(now - self._begun, 1e-6)
+                left = (event["steps"] - event["step"]) / rate
+                self._note(
+                    f"reward model: step {event['step']}/{event['steps']} | loss {event['loss']:.3f} | "
+                    f"{rate * self._batch_size:.1f} examples/s | {left:.0f} s left"
+                )
+
+
+def _measure_and_export(
+    config: Config, folder: RunFolder, data: RewardData, card: dict[str, Any], on_note: Note
+) -> RewardModelRef:
+    import torch
+
+    from alignment.reward_measure import measure
+    from alignment.reward_page import reward_page
+    from models.memory import keep_freed_memory
+    from models.reward_export import Serving, export_version
+
+    reward = config.reward
+    torch.set_num_threads(config.resources.threads)
+    keep_freed_memory()
+    model, tokenizer, step = _trained_model(config, folder, has_trained=bool(data.train))
+    sharded = config.reward_training.zero_stage == 3 or reward.device_map is not None
+    if config.resources.gpu and sharded:
+        on_note("reward model: measured on the CPU, since one GPU may not hold it")
+    model = model.to(torch.device("cuda" if config.resources.gpu and not sharded else "cpu"))
+    quality = measure(config, model, tokenizer, data.measured)
+    primary = quality.get(TEST if config.reward_training.test_share else config.reward_training.held_out or "", {})
+    card |= {
+        "base": reward.model,
+        "accuracy": primary["accuracy"]["value"] if "accuracy" in primary else None,
+        "checkpoint_step": step,
+        "quality": quality,
+        **_described(config, tokenizer, data, folder),
+    }
+    return export_version(
+        model,
+        tokenizer,
+        repository=config.reward_repository,
+        name=reward.name,
+        serving=Serving(
+            template=reward.template,
+            max_tokens=reward.max_tokens,
+            token_budget=reward.token_budget,
+            over_long=reward.over_long,
+            output=reward.output,
+            mean=primary.get("reward_mean"),
+            std=primary.get("reward_std"),
+            merge_weights=config.merge_weights,
+            dtype=reward.dtype,
+            device_map=reward.device_map,
+            runtime=reward.runtime,
+            instances=reward.instances,
+        ),
+        card=card,
+        page=reward_page,
+    )
+
+
+def _trained_model(config: Config, folder: RunFolder, *, has_trained: bool) -> tuple[Any, Any, int]:
+    """The plain model of the best checkpoint by validation, else of the last one; its tokenizer; its step."""
+    from alignment.reward_worker import read_weights, trainable_model, validation_losses
+    from models.adapters import load_trainable, merge_lora
+    from models.checkpoints import best_checkpoint
+    from models.reward_model import load_reward_model
+
+    if not has_trained:
+        source = reward_model_folder(config.reward.model, cache_folder(config))
+        outputs = max(1, len(config.reward_training.attributes))
+        return *load_reward_model(str(source), require_head=True, num_outputs=outputs), 0
+    rewards = {step: -loss for step, loss in validation_losses(folder).items()}
+    checkpoint = best_checkpoint(folder.checkpoints, rewards)
+    assert checkpoint is not None  # training has just ended, or was at its end before
+    model, tokenizer = trainable_model(config)
+    load_trainable(model, read_weights(Path(checkpoint.uri)))
+    return merge_lora(model) if config.reward_training.lora_rank else model, tokenizer, checkpoint.step
+
+
+def _described(config: Config, tokenizer: Any, data: RewardData, folder: RunFolder) -> dict[str, Any]:
+    """What a card says of settings, data and training."""
+    from alignment.reward_measure import num_cut
+
+    records = folder.read_metrics()
+    sets = [("trained on", "train", data.train), *(("validated on", *item) for item in data.validation.items())]
+    sets += [("measured on", *item) for item in data.measured.items()]
+    return {
+        "settings": config.reward_training.model_dump(mode="json"),
+        "data": {
+            "digest": data.digest,
+            "sets": [
+                {
+                    "role": role,
+                    "source": config.reward_training.train if name == "train" else name,
+                    "examples": len(examples),
+                    "left_out": data.left_out.get(name, {}),
+                    "texts_cut": num_cut(config, tokenizer, examples),
+                }
+                for role, name, examples in sets
+                if examples
+            ],
+        },
+        "training": {
+            "losses": [r["loss"] for r in records if r["kind"] == "step"],
+            "validations": [
+                {key: r[key] for key in ("step", "set", "loss", "accuracy")}
+                for r in records
+                if r["kind"] == "validation"
+            ],
+        },
+    }
 
 
 def _base_files(source: Path | str) -> dict[str, str]:
@@ -82,116 +262,7 @@ def _base_files(source: Path | str) -> dict[str, str]:
     return {path.name: sha256_file(path) for path in sorted(source.iterdir()) if path.is_file()}
 
 
-def _train_and_export(config: Config, data: PairTexts, recipe: str, on_note: Note) -> RewardModelRef:
-    import torch
-
-    from models.memory import keep_freed_memory
-    from models.reward_export import export_version
-    from models.reward_model import load_reward_model, pairwise_accuracy, train_reward_model
-
-    reward = config.reward
-    torch.set_num_threads(config.resources.threads)
-    keep_freed_memory()
-    folder = reward_model_folder(reward.model, cache_folder(config))
-    model, tokenizer = load_reward_model(str(folder), seed=config.seed, require_head=not data.train)
-    model = model.to(torch.device("cuda" if config.resources.gpu else "cpu"))  # type: ignore[arg-type]
-    card: dict[str, Any] = {"recipe_digest": recipe, "base": reward.model}
-    if data.train:
-        card["train_pairs"] = _described(reward.train_pairs, data.train)
-        card["losses"] = train_reward_model(
-            model,
-            tokenizer,
-            data.train.chosen,
-            data.train.rejected,
-            lr=reward.lr,
-            batch_size=reward.batch_size,
-            epochs=reward.epochs,
-            max_tokens=reward.max_tokens,
-            seed=config.seed,
-            on_step=_every_eighth(on_note),
-        )
-    if data.held_out:
-        card["held_out_pairs"] = _described(reward.held_out_pairs, data.held_out)
-        card["accuracy"] = pairwise_accuracy(
-            model, tokenizer, data.held_out.chosen, data.held_out.rejected, max_tokens=reward.max_tokens
-        )
-    ref = export_version(
-        model,
-        tokenizer,
-        repository=config.reward_repository,
-        name=reward.name,
-        template=reward.template,
-        max_tokens=reward.max_tokens,
-        token_budget=reward.token_budget,
-        card=card,
-    )
-    on_note(f"reward model: exported version {ref.version} to {ref.repository}, held-out accuracy {ref.accuracy}")
-    return ref
-
-
-def prepare_judge(config: Config, folder: Path, on_note: Note) -> JudgeRef:
-    """Train the judge, measure it, save it in the run folder."""
-    from models.judge import pairwise_accuracy, train_judge
-
-    judge, cache = config.judge, cache_folder(config)
-    pairs, _ = read_pairs(judge.train_pairs, cache, limit=judge.num_train_pairs)
-    held_out, _ = read_pairs(judge.held_out_pairs, cache, limit=config.reward.num_held_out_pairs)
-    trained = train_judge(_plain(pairs, "chosen"), _plain(pairs, "rejected"), seed=config.seed)
-    accuracy = pairwise_accuracy(trained, _plain(held_out, "chosen"), _plain(held_out, "rejected"))
-    trained.save(folder)
-    on_note(f"judge: trained on {len(pairs)} pairs of {judge.train_pairs}, held-out accuracy {accuracy:.3f}")
-    name = f"n-gram judge trained on {judge.train_pairs}"
-    return JudgeRef(name=name, uri=str(folder), accuracy=accuracy, details={"held_out": judge.held_out_pairs})
-
-
-def _external(config: Config) -> RewardModelRef:
+def _external(config: Config, url: str) -> RewardModelRef:
     """A reference to the model behind `reward.url`, whose weights this run never sees."""
-    from alignment.task import reward_client
-
-    reward = config.reward
-    if reward.url is None:
-        raise ConfigError("reward.url is not set")
-    with reward_client(config, reward.url, reward.version) as client:
-        return RewardModelRef(reward.name, client.model_version, "", "", None)
-
-
-def _sources(config: Config) -> list[tuple[str | None, int]]:
-    reward = config.reward
-    return [(reward.train_pairs, reward.num_train_pairs), (reward.held_out_pairs, reward.num_held_out_pairs)]
-
-
-def _texts(config: Config, source: str | None, limit: int) -> Texts | None:
-    """The first `limit` pairs of a source as the reward model reads them."""
-    from models.reward_model import render
-
-    if source is None:
-        return None
-    pairs, counts = read_pairs(source, cache_folder(config), limit=limit)
-    template = config.reward.template
-    return Texts(
-        [render(template, [*p.prompt, _answer(p.chosen)]) for p in pairs],
-        [render(template, [*p.prompt, _answer(p.rejected)]) for p in pairs],
-        {str(reason): count for reason, count in counts.items()},
-    )
-
-
-def _described(source: str | None, texts: Texts) -> dict[str, Any]:
-    return {"source": source, "used": len(texts.chosen), "left_out": texts.left_out}
-
-
-def _plain(pairs: Sequence[PreferencePair], side: str) -> list[str]:
-    from models.judge import judge_text
-
-    return [judge_text([*p.prompt, _answer(getattr(p, side))]) for p in pairs]
-
-
-def _answer(text: str) -> Message:
-    return {"role": "assistant", "content": text}
-
-
-def _every_eighth(on_note: Note) -> Callable[[int, int, float], None]:
-    def report(done: int, total: int, loss: float) -> None:
-        if done % max(1, total // 8) == 0:
-            on_note(f"reward model: step {done}/{total}, loss {loss:.3f}")
-
-    return report
+    with reward_client(config, url, config.reward.version) as client:
+        return RewardModelRef(config.reward.name, client.model_version, "", "", None)

@@ -11,13 +11,15 @@ from alignment.errors import RewardError
 from alignment.lifeline import Stop, StopRequested
 from alignment.preparation import PromptSets
 from alignment.prompts import read_order
+from alignment.records import step_record, validation_record
 from alignment.rollouts import generate, in_prompt_order
 from alignment.scoring import RewardClient, score_in_background
 from alignment.selection import select
 from alignment.trainer import Trainer, train_step
-from alignment.types import Decision, Prompt, Rollout, ScoredRollout, StepUpdate, with_reward
+from alignment.triton_metrics import ServerWatch
+from alignment.types import Decision, Prompt, Rollout, ScoredRollout, with_reward
 from models.decoding import Sampling
-from models.judge import Judge, judge_text
+from models.judge import Judge
 
 Emit = Callable[[Mapping[str, Any]], None]
 
@@ -32,12 +34,16 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What a colocated worker holds besides the trainer: prompts, scorers, where events go and whether to stop."""
+    """What a colocated worker holds besides the trainer: prompts, scorers, where events go and whether to stop.
+
+    `watch` reads the reward server's statistics, for the writer alone.
+    """
 
     trainer: Trainer
     prompts: PromptSets
     client: RewardClient
     judge: Judge
+    watch: ServerWatch
     emit: Emit
     stop: Stop
 
@@ -49,6 +55,8 @@ def rs_step(session: Session, step: int) -> None:
     """
     trainer = session.trainer
     prompts = step_prompts(trainer.config, session.prompts.train, step)
+    if trainer.is_writer:
+        session.watch.begin()
     mine, seconds = _agreed(session, lambda: _scored_share(session, prompts, step))
     scored = in_prompt_order(trainer.gather(mine), prompts)
     decisions = decide(trainer.config, scored)
@@ -60,7 +68,9 @@ def rs_step(session: Session, step: int) -> None:
     result = train_step(trainer, selected, step)
     seconds["update"] = time.monotonic() - begun
     if trainer.is_writer:
-        record = step_record(step, scored, decisions, result, seconds)
+        # Nobody has asked the server for anything since the step was scored.
+        served = session.watch.end()
+        record = step_record(step, scored, decisions, result, seconds, judge=session.judge, scoring_server=served)
         trainer.run.append_metrics(record)
         session.emit(record)
 
@@ -181,38 +191,6 @@ def _stored_scores(session: Session, step: int) -> StoredScores:
     }
 
 
-def step_record(
-    step: int,
-    scored: Sequence[ScoredRollout],
-    decisions: Sequence[Decision],
-    result: StepUpdate,
-    seconds: dict[str, float],
-) -> dict[str, Any]:
-    """The step's line in metrics.jsonl: all rollouts beside the selected ones."""
-    selected = [r for r, d in zip(scored, decisions, strict=True) if d.selected]
-    distinct = {(r.prompt_id, r.response) for r in scored}
-    tokens = sum(r.num_tokens for r in scored)
-    return {
-        "kind": "step",
-        "step": step,
-        "reward_mean": mean([r.reward for r in scored]),
-        "selected_reward_mean": mean([r.reward for r in selected]),
-        "response_length_mean": tokens / len(scored),
-        "truncated_fraction": mean([r.finish_reason == "length" for r in scored]),
-        "duplicate_fraction": 1 - len(distinct) / len(scored),
-        "num_rollouts": len(scored),
-        "num_selected": len(selected),
-        "optimizer_steps": result.optimizer_steps,
-        "response_tokens": result.response_tokens,
-        "loss": result.loss,
-        "grad_norm": result.grad_norm,
-        "lr": result.lr,
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds["rollouts"],
-        "prompt_ids": list(dict.fromkeys(r.prompt_id for r in scored)),
-    }
-
-
 def validate(session: Session, step: int) -> dict[str, Any]:
     """One response to each validation prompt, scored by reward model and judge; the same numbers at every step.
 
@@ -240,19 +218,3 @@ def _validation_share(session: Session) -> list[ScoredRollout]:
         session.stop.check()
         pending.append(score_in_background(session.client, batch))
     return [r for future in pending for r in _result(session, future)]
-
-
-def validation_record(step: int, scored: Sequence[ScoredRollout], judge: Judge, seconds: float) -> dict[str, Any]:
-    """The validation's line in metrics.jsonl."""
-    return {
-        "kind": "validation",
-        "step": step,
-        "reward_mean": mean([r.reward for r in scored]),
-        "judge_mean": mean(judge.score([judge_text(r.conversation) for r in scored])),
-        "seconds": seconds,
-    }
-
-
-def mean(values: Sequence[float]) -> float | None:
-    """The mean; None where there is nothing to average."""
-    return sum(values) / len(values) if values else None

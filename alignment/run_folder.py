@@ -215,21 +215,6 @@ def create(root: str | Path, run_id: str, config_json: str) -> RunFolder:
     return folder
 
 
-def first_id(root: str | Path, run_id: str, resumed_id: str | None) -> str:
-    """The id that names the folder of a run: its own, or that of the run whose failed first step it does again.
-
-    A resume of a resume finds the name through a link that is left under each resume's id.
-    """
-    if resumed_id is None or not (Path(root) / resumed_id).is_dir():
-        return run_id
-    name = (Path(root) / resumed_id).resolve().name
-    link = Path(root) / run_id
-    with disk_errors(link):
-        if not link.is_symlink():  # else this task is tried again
-            link.symlink_to(name)
-    return name
-
-
 def _try_lock(file: IO[str]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

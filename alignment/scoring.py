@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
@@ -76,8 +76,9 @@ class RewardClient:
     def close(self) -> None:
         """Drop what has not been sent, wait for what is in flight but not for retries, close the channel."""
         self._closing.set()
+        self._requests.shutdown(wait=False, cancel_futures=True)  # first: a job in the background waits for these
         self._background.shutdown(cancel_futures=True)
-        self._requests.shutdown(cancel_futures=True)
+        self._requests.shutdown()
         self._client.close()
 
     @property
@@ -86,24 +87,30 @@ class RewardClient:
         self._first_contact()
         return self._version
 
-    def wait_ready(self, timeout_s: float) -> None:
+    def wait_ready(self, timeout_s: float, *, busy_s: float = 0.0) -> None:
         """Wait until the model answers a canary conversation. Raises RewardServerError after `timeout_s` seconds.
+
+        A server that does not answer in time, or whose queue is full, is busy: then up to `busy_s` seconds.
 
         The server's own readiness is not asked: it stays "ready" after the model's process has died.
         """
-        deadline, pause = time.monotonic() + timeout_s, 0.1
+        begun, pause = time.monotonic(), 0.1
+        deadline = begun + timeout_s
         while True:
             if self._check is not None:
                 self._check()
             reason = self.probe(max(0.1, min(self.timeout_s, deadline - time.monotonic())))
             if not reason:
                 return
+            if reason.startswith("DEADLINE_EXCEEDED") or "maximum queue size" in reason:
+                deadline = max(deadline, begun + busy_s)
             if deadline - time.monotonic() < pause:
                 raise RewardServerError(
-                    f"{self._who()} did not answer within {timeout_s:g} s ({reason}): check that the server runs "
-                    "and serves this model and version, or unset reward.url to have one started"
+                    f"{self._who()} did not answer within {deadline - begun:g} s ({reason}): check that the server "
+                    "runs and serves this model and version, or unset reward.url to have one started"
                 )
-            time.sleep(pause)
+            if self._closing.wait(pause):
+                raise self._closed()
             pause = min(2 * pause, 2.0)
 
     def probe(self, timeout_s: float) -> str:
@@ -138,16 +145,22 @@ class RewardClient:
             return []
         self._first_contact()
         starts = range(0, len(texts), TEXTS_PER_REQUEST)
-        futures = [self._requests.submit(self._score, texts[s : s + TEXTS_PER_REQUEST], s) for s in starts]
+        futures: list[Future[list[float]]] = []
         try:
+            for start in starts:
+                futures.append(self._requests.submit(self._score, texts[start : start + TEXTS_PER_REQUEST], start))
             return [reward for future in futures for reward in future.result()]
+        except (CancelledError, RuntimeError) as error:
+            if not self._closing.is_set():
+                raise
+            raise self._closed() from error
         finally:
             for future in futures:
                 future.cancel()
 
     def _first_contact(self) -> None:
         if not self._ready:
-            self.wait_ready(min(self.timeout_s, FIRST_CONTACT_S))
+            self.wait_ready(min(self.timeout_s, FIRST_CONTACT_S), busy_s=self.patience_s)
 
     def _score(self, texts: list[str], offset: int) -> list[float]:
         """One request with its retries; `offset` is the index of its first conversation."""
@@ -170,7 +183,7 @@ class RewardClient:
             if self._check is not None:
                 self._check()
             if self._closing.wait(wait):
-                raise RewardServerError(f"{self._who()}: the client was closed before an answer came")
+                raise self._closed()
             wait = min(2 * wait, LONGEST_WAIT_S)
         raise AssertionError("an attempt returns or raises in the end")
 
@@ -187,8 +200,17 @@ class RewardClient:
             outputs=[self._triton.InferRequestedOutput("reward")],
             client_timeout=timeout_s,
         )
-        rewards = result.as_numpy("reward").reshape(-1).tolist()
-        return rewards, str(result.get_response().model_version)
+        version = str(result.get_response().model_version)
+        if self._version and version != self._version:
+            raise RewardServerError(f"{self._who()} answered as version {version}: serve the one asked for")
+        try:
+            values = result.as_numpy("reward")
+        except ValueError:  # fewer bytes than its shape says
+            values = None
+        if values is None or values.dtype != np.float32 or values.ndim != 2 or values.shape[1] != 1 or not version:
+            raise RewardServerError(f"{self._who()} gave an answer that is no column of rewards: is it another model?")
+        rewards: list[float] = values[:, 0].tolist()
+        return rewards, version
 
     def _checked(self, rewards: list[float], expected: int, offset: int) -> list[float]:
         if len(rewards) != expected:
@@ -208,6 +230,9 @@ class RewardClient:
         if status == "INVALID_ARGUMENT":
             return RewardRequestError(f"{self._who()} refused conversations {offset} to {offset + count - 1}: {text}")
         return RewardServerError(f"{self._who()} failed with {status}: {text}")
+
+    def _closed(self) -> RewardServerError:
+        return RewardServerError(f"{self._who()}: the client was closed before an answer came")
 
     def _who(self) -> str:
         version = f" version {self._version}" if self._version else ""
@@ -252,6 +277,8 @@ def _is_message(part: Any) -> bool:
 
 def _curable(status: str, text: str) -> bool:
     """Faults that pass: overload, a lost connection, a model process that the server's keeper starts anew."""
+    if status == "INVALID_ARGUMENT":  # whose text may quote a conversation
+        return False
     return status in ("UNAVAILABLE", "DEADLINE_EXCEEDED") or "Connection reset" in text or _stub_is_gone(text)
 
 

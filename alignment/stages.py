@@ -10,7 +10,7 @@ from typing import Any
 
 from alignment.atomic_files import write_json
 from alignment.config import Config
-from alignment.run_folder import RunFolder, create, first_id
+from alignment.run_folder import RunFolder, create
 from alignment.task import claim_devices, timed_task
 from alignment.types import JudgeRef, RewardModelRef
 
@@ -21,7 +21,7 @@ def begin(config: Config, run_id: str, resumed_id: str | None = None) -> tuple[s
     A run that failed here and is resumed (`resumed_id`) keeps its folder, so the first id names it for good.
     Returns the run's path and the sizes of the prompt sets.
     """
-    from alignment.continuation import adopt, find_source
+    from alignment.continuation import adopt, find_source, first_id
     from alignment.disk import disk_needs
     from alignment.inputs import check_inputs
     from alignment.preparation import NAMES, load_prompt_sets, prepare
@@ -45,17 +45,28 @@ def prepare_scorers(config: Config, run_path: str) -> tuple[dict[str, Any], dict
 
     A run has one of each: they are written to scorers.json and found there by whatever goes on with the run.
     """
-    from alignment.reward_stage import prepare_judge, prepare_reward_model
+    from alignment.judge_stage import prepare_judge
+    from alignment.reward_stage import prepare_reward_model
 
     claim_devices(config)
     run = RunFolder(Path(run_path))
     if not run.scorers.exists():
         with timed_task(run, "reward_model"):
-            reward = prepare_reward_model(config, print)
+            reward = prepare_reward_model(config, print, run.path.name)
             judge = prepare_judge(config, run.path / "judge", print)
         write_json(run.scorers, {"reward_model": asdict(reward), "judge": asdict(judge)})
     scorers = json.loads(run.scorers.read_text())
     return scorers["reward_model"], scorers["judge"]
+
+
+def train_reward_model(config: Config, run_id: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The reward model of a config, trained and exported unless its recipe has been; its reference and its card."""
+    from alignment.reward_stage import prepare_reward_model
+    from models.reward_export import read_card
+
+    claim_devices(config)
+    ref = prepare_reward_model(config, print, run_id)
+    return asdict(ref), read_card(Path(ref.repository) / ref.name / ref.version)
 
 
 def run_iteration(

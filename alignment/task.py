@@ -1,4 +1,4 @@
-"""What every task of a run has around its work: a device check, a reward server, W&B, and a clock."""
+"""What every task of a run has around its work: a device check, a tested reward server, W&B, and a clock."""
 
 import os
 import time
@@ -17,6 +17,8 @@ from alignment.types import RewardModelRef
 if TYPE_CHECKING:
     from alignment.scoring import RewardClient
 
+COMMAND_STARTED = "RS_COMMAND_STARTED"
+"""Environment variable: Unix time at which the `run` or `resume` command began; else a task counts from its own."""
 START_S = 300.0
 """How long a local reward server may take to load its model."""
 
@@ -33,6 +35,14 @@ def claim_devices(config: Config) -> None:
             )
     # DeepSpeed, which transformers imports, would otherwise look for an accelerator and warn that it found none.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if config.resources.gpu else "cpu")
+
+
+def ends_at(config: Config) -> list[str]:
+    """Workers' arguments for `loop.max_time_per_run`."""
+    seconds = config.max_seconds_per_run
+    if seconds is None:
+        return []
+    return ["--ends-at", str(float(os.environ.get(COMMAND_STARTED, time.time())) + seconds)]
 
 
 def served(config: Config, run: RunFolder, reward: RewardModelRef) -> AbstractContextManager[RewardServer]:
@@ -54,6 +64,31 @@ def reward_client(config: Config, url: str, version: str, *, check: Callable[[],
 
     reward = config.reward
     return RewardClient(url, reward.name, version, reward.timeout_s, patience_s=reward.patience_s, check=check)
+
+
+def check_scoring(
+    config: Config, client: "RewardClient", reward: RewardModelRef, on_note: Callable[[str], None]
+) -> None:
+    """Wait until the server answers, and see that its scores can be trusted. Raises RewardServerError.
+
+    The export is read while a local server loads it.
+    """
+    from alignment.reward_selftest import check_export, self_test
+
+    on_disk = check_export(reward) if config.reward.url is None else "its weights, head included, are out of sight"
+    client.wait_ready(ready_timeout_s(config))
+    over_the_wire = self_test(client, reward.version)
+    on_note(f"self-test of {reward.name} version {reward.version} at {client.url}: {on_disk}; {over_the_wire}")
+
+
+@contextmanager
+def tested_client(
+    config: Config, server: RewardServer, reward: RewardModelRef, on_note: Callable[[str], None]
+) -> Iterator["RewardClient"]:
+    """A client of this task's server, which has passed its self-test. Raises RewardServerError."""
+    with reward_client(config, server.url, reward.version, check=server.check) as client:
+        check_scoring(config, client, reward, on_note)
+        yield client
 
 
 def tracker(config: Config, run: RunFolder) -> AbstractContextManager[Tracker]:

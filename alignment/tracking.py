@@ -5,7 +5,8 @@ project's own `rs/step`: W&B counts its own steps anew in each process. Which re
 noted in `<folder>/wandb/logged.txt`, so that a step that is replayed after a crash is not drawn twice.
 
 Tracking never stops a run: whatever fails is said once on standard error, and the run goes on without it.
-The names follow NeMo-Aligner's: `train_rollouts/`, `train_optim/`, `val_rollouts/`, `timers/`.
+The names follow NeMo-Aligner's: `train_rollouts/`, `train_optim/`, `val_rollouts/`, `timers/`; `scoring_server/` is
+Triton's statistics.
 """
 
 import contextlib
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
+from alignment.over_optimisation import Alarm
+
 Mode = Literal["auto", "online", "offline", "disabled"]
 
 INIT_SECONDS = 30.0
@@ -27,6 +30,8 @@ FINISH_SECONDS = 60.0
 STEP_NAMES = {
     "train_rollouts/global_rewards": "reward_mean",
     "train_rollouts/selected_rewards": "selected_reward_mean",
+    "train_rollouts/judge_mean": "judge_mean",
+    "train_rollouts/selected_judge_mean": "selected_judge_mean",
     "train_rollouts/global_response_lengths_mean": "response_length_mean",
     "train_rollouts/truncated_fraction": "truncated_fraction",
     "train_rollouts/duplicate_fraction": "duplicate_fraction",
@@ -41,7 +46,7 @@ STEP_NAMES = {
 """Name in W&B of each number of a "step" record."""
 TIMER_NAMES = {"timers/rollout_time": "rollouts", "timers/scoring_time": "scoring", "timers/train_time": "update"}
 """Name in W&B of each entry of a step's `seconds`."""
-FAMILIES = ("train_rollouts", "train_optim", "val_rollouts", "timers")
+FAMILIES = ("train_rollouts", "train_optim", "val_rollouts", "timers", "scoring_server")
 
 
 class Tracker:
@@ -52,15 +57,24 @@ class Tracker:
         self._logged = logged
 
     def log_step(self, record: Mapping[str, Any]) -> None:
-        """Logs a "step" record: all rollouts beside the selected ones, the optimizer, the timers."""
+        """Logs a "step" record: all rollouts beside the selected ones, optimizer, timers, reward server."""
         values = {name: record[key] for name, key in STEP_NAMES.items()}
         values |= {name: record["seconds"][key] for name, key in TIMER_NAMES.items()}
+        values |= {f"scoring_server/{key}": value for key, value in record["scoring_server"].items()}
         self._log("step", record["step"], values)
 
     def log_validation(self, record: Mapping[str, Any]) -> None:
         """Logs a "validation" record."""
         values = {"val_rollouts/global_rewards": record["reward_mean"], "val_rollouts/judge": record["judge_mean"]}
         self._log("validation", record["step"], values | {"timers/validation_time": record["seconds"]})
+
+    def alert(self, alarm: Alarm) -> None:
+        """Sends an alarm as a W&B alert, once."""
+
+        def send(run: Any) -> None:
+            run.alert(title=f"RS step {alarm.step}: the judge does not follow the reward", text=alarm.text)
+
+        self._once(f"alarm {alarm.step}", send)
 
     def log_summary(self, report: Mapping[str, Any]) -> None:
         """Puts the report's result into the W&B run's summary, as `evaluation/win_rate` and so on."""
@@ -69,17 +83,20 @@ class Tracker:
         self._guarded(lambda run: run.summary.update(values))
 
     def _log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        mark = f"{kind} {step}"
         present = {name: value for name, value in values.items() if value is not None}
+        self._once(f"{kind} {step}", lambda run: run.log({"rs/step": step, **present}))
 
-        def write(run: Any) -> None:
+    def _once(self, mark: str, action: Callable[[Any], None]) -> None:
+        """Runs `action` on the W&B run unless `mark` says that it was done."""
+
+        def marked(run: Any) -> None:
             if self._logged.exists() and mark in self._logged.read_text().splitlines():
                 return
-            run.log({"rs/step": step, **present})
+            action(run)
             with open(self._logged, "a") as file:
                 file.write(mark + "\n")
 
-        self._guarded(write)
+        self._guarded(marked)
 
     def _guarded(self, action: Callable[[Any], None]) -> None:
         """Runs `action` on the W&B run; its first failure is told and ends the tracking."""

@@ -17,6 +17,7 @@ from alignment.preparation import cache_folder, load_prompt_sets
 from alignment.provenance import describe_base, keep_manifests, provenance
 from alignment.run_folder import RunFolder
 from alignment.types import Checkpoint, Rollout, StepUpdate
+from alignment.update import ResponseLoss
 from alignment.update import update as run_update
 from models.checkpoints import (
     last_checkpoint,
@@ -98,7 +99,10 @@ def load_trainer(config: Config, run: RunFolder, ranks: Ranks) -> Trainer:
     source = checkpoint.uri if checkpoint else policy_folder(config.policy.model, cache_folder(config))
     device = "cuda" if config.resources.gpu else "cpu"
     policy = load_policy(source, prompt_format=config.policy.prompt_format, device=device)
-    engine = build_engine(policy.model, config.training, world_size=ranks.world_size)
+    training = config.training
+    engine = build_engine(
+        ResponseLoss(policy.model), training, zero_stage=training.zero_stage, world_size=ranks.world_size
+    )
     lost_moments = _lost_moments(manifest, config, ranks)
     if checkpoint and not lost_moments:
         restore_optimizer(engine, read_optimizer_state(Path(checkpoint.uri), ranks.rank))

@@ -32,11 +32,27 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """Two conversations of which the first is preferred. `prompt` holds the messages that both share."""
+    """Two conversations of which the first is preferred. `prompt` holds the messages that both share.
+
+    `margin` says how clearly it is preferred, finite and ≥ 0 in the data's own unit; None where nobody said.
+    """
 
     prompt: tuple[Message, ...]
     chosen: str
     rejected: str
+    margin: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RatedAnswer:
+    """An answer with one rating per attribute, in an order that its reader was given.
+
+    A label is finite, in the data's own unit; None where the answer was not rated by that attribute.
+    """
+
+    prompt: tuple[Message, ...]
+    response: str
+    labels: tuple[float | None, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,24 +1,36 @@
 """The update: fine-tune the policy on the selected responses of one RS step.
 
 ceil(selected / global_batch_size) optimizer steps, each normalised by its own response tokens over all
-ranks: the gradient does not depend on micro-batches, ranks or padding. DeepSpeed averages over ranks and
-divides by the accumulation steps, so each micro-batch's summed loss is scaled by
-world_size × accumulation / N, where N counts the optimizer step's response tokens. A rank that runs short
-takes micro-batches of zero weight, since all ranks must run backward equally often.
+ranks: the gradient does not depend on micro-batches, ranks or padding. A rank that runs short takes
+micro-batches of zero weight, since all ranks must run backward equally often.
 """
 
 import hashlib
-import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 
 from alignment.config_sections import TrainingSection
-from alignment.engine import Ranks, gradient_accumulation_steps
-from alignment.errors import TrainingError
+from alignment.engine import Ranks, gradient_accumulation_steps, optimizer_step
 from alignment.types import Rollout, StepUpdate
-from models.batching import ResponseBatch, response_batch
+from models.batching import ResponseBatch, response_batch, response_logits
+from models.losses import response_loss_sum
+
+Item = TypeVar("Item")
+
+
+class ResponseLoss(nn.Module):
+    """A policy as a module whose forward is the summed response loss: what the engine wraps."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, batch: ResponseBatch) -> Tensor:
+        """Cross-entropy summed over the batch's response tokens, in nats; a scalar."""
+        return response_loss_sum(response_logits(self.policy, batch), batch.targets, batch.response_mask)
 
 
 def update(
@@ -63,56 +75,32 @@ def _optimizer_step(
     engine: Any, batch: Sequence[Rollout], training: TrainingSection, ranks: Ranks, pad_id: int
 ) -> tuple[float, float]:
     """One optimizer step; returns the loss summed over all ranks' response tokens (nats) and the gradient norm."""
-    tokens = sum(r.num_tokens for r in batch)
     accumulation = gradient_accumulation_steps(training, ranks.world_size)
-    scale = ranks.world_size * accumulation / tokens
-    loss_sum = torch.zeros((), device=engine.device)
-    for rows in deal(batch, training.micro_batch_size, ranks, accumulation):
-        weight = 1.0 if rows else 0.0
-        loss = engine(_tensors(rows or [_shortest(batch)], pad_id, engine.device)) * weight
-        loss_sum += loss.detach()
-        engine.backward(loss * scale)
-        norm = _unclipped_norm(engine)
-        _check_finite(norm, "gradient norm")
-        engine.step()
-    if ranks.world_size > 1:
-        torch.distributed.all_reduce(loss_sum)
-    norm = float(engine.get_global_grad_norm()) if norm is None else norm
-    _check_finite(norm, "gradient norm")
-    _check_finite(float(loss_sum), "loss")
-    return float(loss_sum), norm
+    micro_batches = [
+        (_tensors(rows or [_shortest(batch)], pad_id, engine.device), 1.0 if rows else 0.0)
+        for rows in deal(batch, training.micro_batch_size, ranks, accumulation, _length)
+    ]
+    tokens = sum(r.num_tokens for r in batch)
+    return optimizer_step(engine, micro_batches, count=tokens, ranks=ranks, section="training")
 
 
-def deal(batch: Sequence[Rollout], micro_batch_size: int, ranks: Ranks, accumulation: int) -> list[Sequence[Rollout]]:
+def deal(
+    batch: Sequence[Item], micro_batch_size: int, ranks: Ranks, accumulation: int, length: Callable[[Item], int]
+) -> list[Sequence[Item]]:
     """This rank's micro-batches: rows of like length together, dealt in turn; empty ones fill up to `accumulation`."""
-    by_length = sorted(batch, key=lambda r: -(len(r.prompt_ids) + len(r.response_ids)))
+    by_length = sorted(batch, key=length, reverse=True)
     micro_batches = [by_length[i : i + micro_batch_size] for i in range(0, len(by_length), micro_batch_size)]
     mine = micro_batches[ranks.rank :: ranks.world_size]
     return [*mine, *([[]] * (accumulation - len(mine)))]
 
 
+def _length(rollout: Rollout) -> int:
+    return len(rollout.prompt_ids) + len(rollout.response_ids)
+
+
 def _shortest(batch: Sequence[Rollout]) -> Rollout:
-    return min(batch, key=lambda r: len(r.prompt_ids) + len(r.response_ids))
+    return min(batch, key=_length)
 
 
 def _tensors(rows: Sequence[Rollout], pad_id: int, device: torch.device) -> ResponseBatch:
     return response_batch([r.prompt_ids for r in rows], [r.response_ids for r in rows], pad_id, device)
-
-
-def _check_finite(value: float | None, what: str) -> None:
-    if value is not None and not math.isfinite(value):
-        raise TrainingError(
-            f"the {what} is {value}: training diverged. Lower training.lr, then start a new run; "
-            "the checkpoints so far are intact"
-        )
-
-
-def _unclipped_norm(engine: Any) -> float | None:
-    """The global gradient norm of a plain fp32 engine at its boundary; the other engines report their own.
-
-    Without ZeRO in fp32, DeepSpeed clips with torch and keeps no record of the norm.
-    """
-    if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
-        return None
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0

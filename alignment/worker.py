@@ -21,6 +21,7 @@ from alignment.config import Config, parse_config
 from alignment.errors import AlignmentError
 from alignment.lifeline import Stop, StopRequested
 from alignment.run_folder import RunFolder
+from alignment.types import RewardModelRef
 
 if TYPE_CHECKING:
     from alignment.rs_step import Session
@@ -62,21 +63,34 @@ def work(config: Config, run: RunFolder, options: argparse.Namespace, stop: Stop
     from alignment.engine import start_ranks
     from alignment.preparation import load_prompt_sets
     from alignment.rs_step import Session
-    from alignment.task import ready_timeout_s, reward_client
+    from alignment.task import check_scoring, ready_timeout_s, reward_client
     from alignment.trainer import load_trainer
+    from alignment.triton_metrics import ServerWatch
     from models.judge import load_judge
 
     ranks = start_ranks(threads=config.resources.threads, gpu=config.resources.gpu > 0)
     trainer = load_trainer(config, run, ranks)
     judge = load_judge(Path(options.judge))
     report = emit if trainer.is_writer else _silent
-    with reward_client(config, options.url, options.version, check=stop.check) as client:
+    reward = RewardModelRef(**json.loads(options.reward_model))
+
+    def note(text: str) -> None:
+        report({"kind": "note", "text": text})
+
+    with (
+        reward_client(config, options.url, reward.version, check=stop.check) as client,
+        ServerWatch(options.url, reward.name, reward.version, options.metrics_url, note) as watch,
+    ):
         with contextlib.suppress(StopRequested):
-            client.wait_ready(ready_timeout_s(config))
+            if trainer.is_writer:
+                check_scoring(config, client, reward, note)
+            else:
+                client.wait_ready(ready_timeout_s(config))
         if trainer.any(bool(stop.reason)):  # all ranks or none
             report({"kind": "stopped", "step": trainer.start, "reason": stop.reason or ANOTHER})
             return
-        run_iteration(Session(trainer, load_prompt_sets(run.path), client, judge, report, stop), options.until)
+        prompts = load_prompt_sets(run.path)
+        run_iteration(Session(trainer, prompts, client, judge, watch, report, stop), options.until)
 
 
 def run_iteration(session: "Session", until: int) -> None:
@@ -147,7 +161,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--folder", required=True, help="run folder")
     parser.add_argument("--until", type=int, required=True, help="last RS step of this iteration")
     parser.add_argument("--url", required=True, help="host:port of the reward server's gRPC")
-    parser.add_argument("--version", required=True, help="version of the reward model")
+    parser.add_argument("--metrics-url", help="where a local reward server tells its metrics")
+    parser.add_argument("--reward-model", required=True, help="RewardModelRef of the version that scores, JSON")
     parser.add_argument("--judge", required=True, help="folder of the judge")
     parser.add_argument("--ends-at", type=float, help="Unix time at which to stop with a checkpoint")
     return parser.parse_args()

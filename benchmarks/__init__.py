@@ -1,1 +1,1 @@
-"""Comparisons, each a command that prints its result."""
+"""Comparisons, each a command that prints its result; `make bench` runs those that end in a ratio."""

@@ -24,7 +24,12 @@ SUFFIXES = ".py,.pbtxt,.yaml,.json,.jinja"
 CONFIG_HELP = "preset, a YAML file; any field can be overridden by --set section.field=value (repeatable)"
 INPUTS = (
     *(("policy", "model"), ("reward", "model"), ("prompts", "train"), ("prompts", "held_out")),
-    *(("reward", "train_pairs"), ("reward", "held_out_pairs"), ("judge", "train_pairs"), ("judge", "held_out_pairs")),
+    *(
+        ("reward_training", "train"),
+        ("reward_training", "held_out"),
+        ("judge", "train_pairs"),
+        ("judge", "held_out_pairs"),
+    ),
 )
 """Fields that may name local files."""
 DEFAULT_PRESET = str(SOURCE_ROOT / "configs" / "imdb_sentiment.yaml")

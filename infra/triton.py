@@ -1,11 +1,12 @@
 """Serve exported reward models on this machine, with the Triton that the `nvidia-pytriton` wheel carries.
 
-    python -m infra.triton --repository runs/triton_repo
+    python -m infra.triton --repository runs/triton_repo [--follow]
 
 Serves on loopback until Ctrl-C. Tritonserver sees a private view of the repository: links to the exported
 versions alone, so that one version can be pinned and the bare template is never loaded. Its model control is
-off, so nobody who reaches its ports can make it load code. The other management protocols want a random key,
-which this machine's users can see in the process list and nobody else.
+off, so nobody who reaches its ports can make it load code; with `--follow` it takes up what is exported later by
+looking at the view, which this process alone writes (`infra/triton_follow.py`). The other management protocols
+want a random key, which this machine's users can see in the process list and nobody else.
 
 A model whose process dies or hangs never comes back by itself, while Triton goes on saying "ready"; this
 supervisor notices and starts the server anew. With `--watch-stdin` everything ends when stdin does, that is when the
@@ -14,6 +15,7 @@ owner of the pipe ends, however it ends.
 
 import argparse
 import ctypes
+import itertools
 import os
 import secrets
 import select
@@ -31,15 +33,17 @@ from types import FrameType
 from typing import IO
 
 from alignment.errors import AlignmentError, RewardServerError
-from infra.triton_setup import EXIT_TIMEOUT_S, Ports, free_ports, prepare, servable_versions
+from infra.triton_follow import Follower
+from infra.triton_health import CANARY_S, answers, feel_pulse, living_children, loading_failure, ready_versions
+from infra.triton_leftovers import SHARED_MEMORY, owner, sweep
+from infra.triton_setup import EXIT_TIMEOUT_S, Ports, Prepared, drop_deleted, free_ports, prepare, servable_versions
 
+START_S = 600.0
+"""Within this time a server has to get ready: one that lacks a model's versions would wait for ever."""
 MAX_RESTARTS = 3
 LONG_LIFE_S = 600.0
 """A server that lived this long is not failing over and over: restarts are counted anew."""
 POLL_S = 0.25
-CANARY_S = 10.0
-PULSE_S, HUNG_S = 20.0, 60.0
-"""Seconds between canaries to a server that is ready, and without an answer to anybody until it is called hung."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -49,44 +53,52 @@ def serve(
     repository: Path,
     ports: Ports,
     threads: int | None,
+    follow: bool,
     log: IO[bytes],
     should_stop: Callable[[float], bool],
-    on_ready: Callable[[], None],
+    on_ready: Callable[[list[tuple[str, str]]], None],
     grace_s: float,
 ) -> None:
     """Run tritonserver until `should_stop(wait_s)` says so; start it anew when its model's process is lost.
 
-    `grace_s` is how long requests in flight may take at the end.
+    With `follow`, versions that are exported meanwhile are served too. `grace_s` is how long requests in flight
+    may take at the end.
     Raises RewardServerError when it cannot be started, or was lost more than `MAX_RESTARTS` times in a row.
     """
-    with tempfile.TemporaryDirectory(prefix="triton-") as scratch:
-        prefix = f"triton_{os.getpid()}_{secrets.token_hex(4)}"
-        command, environment = prepare(Path(scratch), models, repository, ports, prefix, threads)
+    sweep(SHARED_MEMORY, Path(tempfile.gettempdir()))
+    with tempfile.TemporaryDirectory(prefix=f"triton-{owner()}-") as scratch:
+        prefix = f"triton_{owner()}_{secrets.token_hex(4)}"
+        prepared = prepare(Path(scratch), models, repository, ports, prefix, threads=threads, follow=follow)
+        follower = Follower(repository, list(models), prepared, f"127.0.0.1:{ports.grpc}") if follow else None
         restarts = 0
         while True:
             started = time.monotonic()
             # PR_SET_PDEATHSIG covers a supervisor that is killed with -9: it cannot run its `finally`.
             process = subprocess.Popen(
-                command,
-                env=environment,
+                prepared.command,
+                env=prepared.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
                 preexec_fn=_die_with_parent(),
             )
-            was_ready, reason = False, "interrupted"
+            was_lost, reason = False, "interrupted"
             try:
-                was_ready, reason = _watch(process, list(models), ports, should_stop, on_ready)
+                was_lost, reason = _watch(process, prepared, list(models), ports, should_stop, on_ready, follower)
             finally:
                 # A server that lost its model's process would wait for it in vain.
-                _stop(process, prefix, grace_s=0 if was_ready and reason else grace_s)
+                _stop(process, prefix, grace_s=0 if was_lost and reason else grace_s)
             if not reason:
                 return
             restarts = restarts + 1 if time.monotonic() - started < LONG_LIFE_S else 1
-            if not was_ready or restarts > MAX_RESTARTS:
+            if not was_lost or restarts > MAX_RESTARTS:
                 raise RewardServerError(f"the reward server failed: {reason}")
             print(f"{reason}; starting the server again", file=sys.stderr, flush=True)
+            if follower is not None:
+                follower.before_restart()
+            for version in drop_deleted(prepared.view, repository):
+                print(f"{version} is not in {repository} any more", file=sys.stderr, flush=True)
 
 
 def log_tail(path: Path, lines: int = 15) -> str:
@@ -108,83 +120,49 @@ def _die_with_parent() -> Callable[[], None]:
 
 def _watch(
     process: subprocess.Popen[bytes],
+    prepared: Prepared,
     models: list[str],
     ports: Ports,
     should_stop: Callable[[float], bool],
-    on_ready: Callable[[], None],
+    on_ready: Callable[[list[tuple[str, str]]], None],
+    follower: Follower | None,
 ) -> tuple[bool, str]:
-    """Until the end: whether the server got ready, and what ended it ("" when asked to stop)."""
+    """Until the end: whether it was lost, which a new start may mend, and what ended it ("" when asked to stop).
+
+    Raises RewardServerError when a version cannot be loaded.
+    """
     ready, url, ended = False, f"127.0.0.1:{ports.grpc}", threading.Event()
+    deadline = time.monotonic() + START_S
     hung: list[str] = []
     try:
         while not should_stop(POLL_S):
             if process.poll() is not None:
                 return ready, f"tritonserver ended with code {process.returncode}"
-            if not ready and all(_answers(url, model, CANARY_S) for model in models):
+            answered = not ready and all(answers(url, model, CANARY_S) for model in models)
+            if answered and (served := ready_versions(url, prepared.key)):
                 ready = True
-                stubs = len(_living_children(process.pid))
-                threading.Thread(target=_feel_pulse, args=(url, models, hung, ended), daemon=True).start()
-                on_ready()
-            if ready and len(_living_children(process.pid)) < stubs:
-                return ready, "the model's process has died"
+                stubs = living_children(process.pid)
+                for model in models:
+                    threading.Thread(target=feel_pulse, args=(url, model, hung, ended), daemon=True).start()
+                on_ready(served)
             if hung:
                 return ready, hung[0]
+            if not ready:
+                lost = loading_failure(url, prepared.key, models)
+                if lost:
+                    return True, lost
+                if time.monotonic() > deadline:
+                    return ready, f"it did not get ready within {START_S:g} s"
+                continue
+            living = living_children(process.pid)
+            if stubs - living and not (follower and follower.all_answer()):
+                return ready, "the model's process has died"
+            if follower:
+                stubs = living
+                follower.follow()
         return ready, ""
     finally:
         ended.set()
-
-
-def _feel_pulse(url: str, models: list[str], hung: list[str], ended: threading.Event) -> None:
-    """Say in `hung` when a model answers nobody any more. A long queue is no reason: then others are answered."""
-    while not ended.wait(PULSE_S):
-        for model in models:
-            before = _executions(url, model)
-            if not _answers(url, model, HUNG_S) and _executions(url, model) == before and not ended.is_set():
-                hung.append(f"{model} has answered nobody for {HUNG_S:g} s")
-                return
-
-
-def _executions(url: str, model: str) -> int | None:
-    """How often a model has been executed; None where the server does not say."""
-    import tritonclient.grpc as triton
-
-    try:
-        with triton.InferenceServerClient(url) as client:
-            statistics = client.get_inference_statistics(model, client_timeout=CANARY_S)
-    except triton.InferenceServerException:
-        return None
-    return sum(int(one.execution_count) for one in statistics.model_stats)
-
-
-def _answers(url: str, model: str, wait_s: float) -> bool:
-    """Whether the model answers a canary conversation within `wait_s`. Raises RewardServerError if it never will."""
-    if not _listens(url):
-        return False
-    from alignment.scoring import RewardClient
-
-    with RewardClient(url, model) as client:
-        return not client.probe(wait_s)
-
-
-def _listens(url: str) -> bool:
-    host, _, port = url.rpartition(":")
-    with socket.socket() as s:
-        s.settimeout(1.0)
-        return s.connect_ex((host, int(port))) == 0
-
-
-def _living_children(pid: int) -> set[int]:
-    """Child processes that are no zombies; tritonserver's are the model's processes."""
-    found = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            # The command name in brackets may hold blanks.
-            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-        except (OSError, ValueError):
-            continue  # it ended while we looked
-        if int(parent) == pid and state != "Z":
-            found.add(int(stat.parent.name))
-    return found
 
 
 def _stop(process: subprocess.Popen[bytes], prefix: str, grace_s: float) -> None:
@@ -198,7 +176,7 @@ def _stop(process: subprocess.Popen[bytes], prefix: str, grace_s: float) -> None
     # Its own session, hence its own group: stubs that outlived it.
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    for region in Path("/dev/shm").glob(f"{prefix}*"):
+    for region in SHARED_MEMORY.glob(f"{prefix}*"):
         region.unlink(missing_ok=True)
 
 
@@ -234,9 +212,10 @@ def main(arguments: list[str] | None = None) -> int:
                 repository=options.repository,
                 ports=ports,
                 threads=options.threads,
+                follow=options.follow,
                 log=log,
                 should_stop=should_stop,
-                on_ready=lambda: _announce(models, ports, options.log),
+                on_ready=lambda served: _announce(served, ports, options.log),
                 # The owner of the pipe is the only client, and it has ended: nothing is in flight.
                 grace_s=0 if options.watch_stdin else EXIT_TIMEOUT_S + 5,
             )
@@ -251,7 +230,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m infra.triton", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repository", type=Path, required=True, help="folder that exports go to (reward.repository)")
     parser.add_argument("--model", help="serve this model alone")
-    parser.add_argument("--version", help="serve this version alone")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--version", help="serve this version alone")
+    which.add_argument("--follow", action="store_true", help="serve versions that are exported later, too")
     for kind in ("grpc", "http", "metrics"):
         parser.add_argument(f"--{kind}-port", type=_port, default=0, help="0 picks a free one")
     parser.add_argument("--threads", type=int, help="torch threads of the model; all cores if left out")
@@ -283,9 +264,12 @@ def _ports(options: argparse.Namespace) -> Ports:
     return Ports(*(port or free for port, free in zip(asked, free_ports(3), strict=True)))
 
 
-def _announce(models: dict[str, list[str]], ports: Ports, log: Path | None) -> None:
-    """Print where the models are served."""
-    names = ", ".join(f"{name} (version {', '.join(versions)})" for name, versions in models.items())
+def _announce(served: list[tuple[str, str]], ports: Ports, log: Path | None) -> None:
+    """Print what is served and where."""
+    names = ", ".join(
+        f"{name} (version {', '.join(version for _, version in versions)})"
+        for name, versions in itertools.groupby(served, key=lambda entry: entry[0])
+    )
     print(f"serving {names}; stop with Ctrl-C")
     print(f"  gRPC     127.0.0.1:{ports.grpc}    (reward.url)")
     print(f"  HTTP     http://127.0.0.1:{ports.http}")

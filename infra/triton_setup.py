@@ -6,6 +6,7 @@ does not look; `prepare` lays them out in a scratch folder, beside a view of the
 
 import importlib.metadata
 import os
+import py_compile
 import secrets
 import shutil
 import socket
@@ -18,6 +19,9 @@ from pathlib import Path
 from alignment.errors import RewardServerError
 
 EXIT_TIMEOUT_S = 5
+KEY_HEADER = "triton-grpc-protocol-key"
+VERSION_FILES = ("model.py", "settings.json", "template.jinja", "card.json", "weights/*.safetensors")
+"""Patterns of what a version consists of; one that lacks any is still being copied in, or out."""
 
 
 @dataclass(frozen=True)
@@ -56,35 +60,63 @@ def _exported(folder: Path, version: str | None) -> list[str]:
     return [
         entry.name
         for entry in folder.iterdir()
-        if entry.name.isdigit() and (entry / "weights").is_dir() and version in (None, "", entry.name)
+        if entry.name.isascii() and entry.name.isdecimal() and version in (None, "", entry.name) and _is_whole(entry)
     ]
 
 
+def _is_whole(version: Path) -> bool:
+    return all(any(version.glob(pattern)) for pattern in VERSION_FILES)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What it takes to start a server, and to look after it."""
+
+    command: list[str]
+    environment: dict[str, str]
+    view: Path
+    """The folder that the server sees as its repository."""
+    key: str
+    """Opens the management protocols: gRPC's header is `KEY_HEADER`."""
+
+
 def prepare(
-    scratch: Path, models: dict[str, list[str]], repository: Path, ports: Ports, prefix: str, threads: int | None
-) -> tuple[list[str], dict[str, str]]:
-    """Lay out the backend and the view; returns tritonserver's command and environment."""
+    scratch: Path,
+    models: dict[str, list[str]],
+    repository: Path,
+    ports: Ports,
+    prefix: str,
+    *,
+    threads: int | None = None,
+    follow: bool = False,
+) -> Prepared:
+    """Lay out the backend and the view. With `follow` the server takes up what is added to the view later.
+
+    Raises RewardServerError.
+    """
     server, libraries = _wheel()
-    backend = scratch / "backends" / "python"
-    backend.mkdir(parents=True)
-    for name in ("libtriton_python.so", "triton_python_backend_utils.py"):
-        (backend / name).symlink_to(server / "backends" / "python" / name)
-    # The stub looks for its libraries beside itself, so it is copied, not linked.
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    stub = server / "python_backend_stubs" / python / "triton_python_backend_stub"
-    if not stub.is_file():
-        raise RewardServerError(f"nvidia-pytriton has no stub for Python {python}: use Python 3.11")
-    shutil.copy2(stub, backend)
-    view = scratch / "repository"
-    for name, versions in models.items():
-        _link_model(view / name, repository.resolve() / name, versions)
+    try:
+        _link_backend(scratch, server)
+        view = scratch / "repository"
+        for name, versions in models.items():
+            (view / name).mkdir(parents=True)
+            (view / name / "config.pbtxt").symlink_to(repository.resolve() / name / "config.pbtxt")
+            for version in versions:
+                link_version(view / name, repository.resolve() / name / version)
+    except OSError as error:
+        raise RewardServerError(
+            f"{repository} cannot be laid out for tritonserver in {scratch} ({error}): mend that and start again"
+        ) from error
     key = secrets.token_hex(16)
     closed = "shared-memory,model-config,model-repository,trace,logging"
     command = [
         str(server / "bin" / "tritonserver"),
         f"--model-repository={view}",
-        "--model-control-mode=none",
+        # Either way the protocol that loads and unloads models answers nobody.
+        *(("--model-control-mode=poll", "--repository-poll-secs=1") if follow else ("--model-control-mode=none",)),
         "--disable-auto-complete-config",
+        # It stays and says which version failed and why, instead of leaving that to its log.
+        "--exit-on-error=false",
         f"--backend-directory={scratch / 'backends'}",
         f"--backend-config=python,shm-region-prefix-name={prefix}",
         *(f"--{kind}-address=127.0.0.1" for kind in ("grpc", "http", "metrics")),
@@ -102,20 +134,55 @@ def prepare(
     environment["LD_LIBRARY_PATH"] = f"{sysconfig.get_config_var('LIBDIR')}{os.pathsep}{libraries}"
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
-    return command, environment
+    return Prepared(command, environment, view, key)
 
 
-def _link_model(view: Path, model: Path, versions: list[str]) -> None:
-    """Links to a model's config and versions. model.py is copied: the stub leaves a __pycache__ beside it."""
-    view.mkdir(parents=True)
-    (view / "config.pbtxt").symlink_to(model / "config.pbtxt")
+def _link_backend(scratch: Path, server: Path) -> None:
+    """Raises RewardServerError."""
+    backend = scratch / "backends" / "python"
+    backend.mkdir(parents=True)
+    for name in ("libtriton_python.so", "triton_python_backend_utils.py"):
+        (backend / name).symlink_to(server / "backends" / "python" / name)
+    # The stub looks for its libraries beside itself, so it is copied, not linked.
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = server / "python_backend_stubs" / python / "triton_python_backend_stub"
+    if not stub.is_file():
+        raise RewardServerError(f"nvidia-pytriton has no stub for Python {python}: use Python 3.11")
+    shutil.copy2(stub, backend)
+
+
+def link_version(view: Path, version: Path) -> None:
+    """Put an exported version into a model's folder of the view, as links, whole at once.
+
+    The stub leaves a __pycache__ beside model.py, which a server that polls would take for a changed version and
+    load again: so it is there from the first.
+    Raises OSError, and leaves nothing, where the version is deleted meanwhile.
+    """
+    build = view.parent.parent / f"linking-{view.name}-{version.name}"
+    build.mkdir()
+    try:
+        for entry in version.iterdir():
+            (build / entry.name).symlink_to(entry)
+        py_compile.compile(str(build / "model.py"), quiet=2)
+        build.rename(view / version.name)
+    finally:
+        shutil.rmtree(build, ignore_errors=True)
+
+
+def drop_deleted(view: Path, repository: Path) -> list[str]:
+    """Take versions that are not in the repository any more out of the view; returns them as "model/version".
+
+    Raises RewardServerError where none of a model is left.
+    """
+    versions = {link.parent for link in view.glob("*/[0-9]*/*") if link.is_symlink() and not link.exists()}
     for version in versions:
-        (view / version).mkdir()
-        for entry in (model / version).iterdir():
-            if entry.name == "model.py":
-                shutil.copyfile(entry, view / version / entry.name)
-            else:
-                (view / version / entry.name).symlink_to(entry)
+        shutil.rmtree(version)
+    for model in sorted({version.parent for version in versions}):
+        if not any(model.glob("[0-9]*")):
+            raise RewardServerError(
+                f"no version of {model.name} that was served is left in {repository}: export one and start again"
+            )
+    return sorted(str(version.relative_to(view)) for version in versions)
 
 
 def _wheel() -> tuple[Path, Path]:

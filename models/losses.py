@@ -31,11 +31,3 @@ def token_kl(logits: Tensor, base_logits: Tensor) -> Tensor:
     log_p = F.log_softmax(logits.float(), dim=-1)
     log_q = F.log_softmax(base_logits.float(), dim=-1)
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-
-
-def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Mean of −log σ(r_chosen − r_rejected), in nats (Bradley and Terry 1952; Ouyang et al. 2022, equation 1).
-
-    Shape: both (B,); returns a scalar.
-    """
-    return -F.logsigmoid(chosen - rejected).mean()

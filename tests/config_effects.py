@@ -10,28 +10,31 @@ import io
 import itertools
 import json
 import os
+import re
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
+import reward_runs
 from alignment import colocated, evaluation_stage, worker
 from alignment.config import Config, parse_config
 from alignment.errors import AlignmentError
+from alignment.judge_stage import prepare_judge
 from alignment.lifeline import Stop
 from alignment.preparation import load_prompt_sets
-from alignment.reward_stage import prepare_judge, prepare_reward_model
+from alignment.reward_stage import prepare_reward_model
+from alignment.reward_training import build_trainer
 from alignment.run_folder import RunFolder
 from alignment.stages import begin
-from alignment.task import reward_client, served, tracker
+from alignment.task import COMMAND_STARTED, reward_client, served, tracker
 from alignment.trainer import train_step
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
 from argo import compiled, s3_stand_in
-from infra.triton_setup import free_ports
 
 _numbers = itertools.count(1)
 
@@ -90,22 +93,23 @@ def run_iteration(config: Config, run: RunFolder | None = None, until: int | Non
     """
     run, out, sessions = run or new_run(config), io.StringIO(), []
     until = until or config.loop.steps_per_iteration
-    options = Namespace(folder=str(run.path), until=until, url="stand-in:1", version="1")
+    # Nobody listens at the discard port, so that the server's statistics are unknown at once.
+    options = Namespace(folder=str(run.path), until=until, url="127.0.0.1:9", metrics_url=None)
+    options.reward_model = json.dumps(asdict(reference(config)))
+    external = config.model_copy(update={"reward": config.reward.model_copy(update={"url": options.url})})
     options.judge = str(Path(config.run.root) / "judge")
 
     def watched(session: Any, until: int, real: Any = worker.run_iteration) -> None:
         sessions.append(session)
         real(session, until)
 
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    alone |= {"MASTER_PORT": str(free_ports(1)[0])}
     with (
-        patch.dict(os.environ, alone),
+        reward_runs.alone(),
         patch("alignment.scoring.RewardClient", RewardClientStandIn),
         patch.object(worker, "run_iteration", watched),
         contextlib.redirect_stdout(out),
     ):
-        worker.work(config, run, options, Stop())
+        worker.work(external, run, options, Stop())
     names = sorted(p.name for p in run.checkpoints.glob("step-*"))
     manifest = json.loads((run.checkpoints / names[-1] / "manifest.json").read_text())
     return Iteration(
@@ -255,7 +259,7 @@ def grace(config: Config) -> float:
 
 def ends_at(config: Config) -> float | None:
     """Unix time at which workers are to stop, for a command that began at 1000."""
-    with patch.dict(os.environ, {colocated.COMMAND_STARTED: "1000"}):
+    with patch.dict(os.environ, {COMMAND_STARTED: "1000"}):
         at = workers_launched(config).get("--ends-at")
     return None if at is None else float(at)
 
@@ -291,17 +295,84 @@ def error_without_server(config: Config) -> str:
 
 
 def exported(config: Config) -> dict[str, Any]:
-    """The reward model's export: its reference, its card and what the server reads beside the weights."""
-    ref = prepare_reward_model(config, lambda _: None)
-    folder = Path(ref.repository) / ref.name / ref.version
-    card = json.loads((folder / "card.json").read_text())
-    settings = json.loads((folder / "settings.json").read_text())
-    return {
-        "name": ref.name, "version": ref.version, "repository": ref.repository, "digest": ref.digest,
-        "accuracy": ref.accuracy, "steps": len(card["losses"]), "base": card["base"],
-        "pairs": card["train_pairs"]["used"], "template": (folder / "template.jinja").read_text(), **settings,
-        "source": card["train_pairs"]["source"], "held_out": card.get("held_out_pairs", {}).get("used"),
-    }  # fmt: skip
+    """The reward model's export; one that has been made is not made again."""
+    return _exported(config.model_dump_json())
+
+
+@functools.cache
+def _exported(text: str) -> dict[str, Any]:
+    return reward_runs.exported(parse_config(text))
+
+
+def instances_written(config: Config) -> int:
+    """The instances that config.pbtxt of a name that was not exported before asks for."""
+    name = f"fresh-{next(_numbers)}"
+    exported(config.model_copy(update={"reward": config.reward.model_copy(update={"name": name})}))
+    text = (config.reward_repository / name / "config.pbtxt").read_text()
+    return int(re.search(r"instance_group \[ { kind: KIND_AUTO count: (\d+)", text)[1])
+
+
+def runtime_written(config: Config) -> str:
+    """What an export's settings name as its runtime; no graph is written, so that no package is needed."""
+    with patch("models.reward_export.check_onnx"), patch("models.reward_export.write_onnx"):
+        return exported(config)["runtime"]
+
+
+def reward_steps(config: Config) -> int:
+    """Optimizer steps of the reward model's training."""
+    return len(exported(config)["training"]["losses"])
+
+
+def reward_validations(config: Config) -> list[int]:
+    return [record["step"] for record in exported(config)["training"]["validations"]]
+
+
+def reward_validation_sets(config: Config) -> set[str]:
+    return {record["set"] for record in exported(config)["training"]["validations"]}
+
+
+def reward_sets(config: Config) -> dict[str, int]:
+    """The sets that a reward model was measured on, with their sizes."""
+    return {name: q.get("pairs", q.get("answers")) for name, q in exported(config)["quality"].items()}
+
+
+def reward_examples(role: str) -> Any:
+    """How many examples a reward model was, say, trained on."""
+    return lambda config: sum(s["examples"] for s in exported(config)["data"]["sets"] if s["role"] == role)
+
+
+def reward_engine(method: str) -> Any:
+    """What DeepSpeed's engine says of itself after one optimizer step of the reward model."""
+
+    def look(config: Config) -> Any:
+        seen = []
+
+        def build_stand_in(*arguments: Any, **others: Any) -> Any:
+            seen.append(build_trainer(*arguments, **others))
+            return seen[0]
+
+        with patch("alignment.reward_training.build_trainer", build_stand_in):
+            folder = Path(config.run.root) / f"reward-training-{next(_numbers)}"
+            reward_runs.work(config, folder, reward_runs.StopAfter(0))
+        return getattr(seen[0].engine, method)()
+
+    return look
+
+
+def trained_weights(config: Config) -> int:
+    """How many weights of the reward model are trained."""
+    from alignment.reward_worker import trainable_model
+
+    model, _ = trainable_model(config)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def adapter_scale(config: Config) -> list[float]:
+    from alignment.reward_worker import trainable_model
+
+    model, _ = trainable_model(config)
+    scales = [m.scaling for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]  # BERT's is a number
+    return sorted({scale for by_adapter in scales for scale in by_adapter.values()})
 
 
 def export_says(name: str) -> Any:

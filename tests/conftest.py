@@ -1,5 +1,11 @@
 """Fixtures that several test files share."""
 
+import signal
+
 from reward_fixtures import served_reward_model
 
 __all__ = ["served_reward_model"]
+
+# A shell that starts its commands in the background makes them deaf to Ctrl-C, and their children too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,16 +1,24 @@
 """A tiny reward model with random weights, exported and served by the real Triton, once per test session."""
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
+if TYPE_CHECKING:
+    from models.reward_export import Serving
+
+ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 MAX_TOKENS = 96
 ONE_DRAWS = threading.Lock()
@@ -29,6 +37,16 @@ class ServedRewardModel:
     version: str
     model: BertForSequenceClassification
     tokenizer: PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """A launcher and what it prints."""
+
+    url: str
+    metrics_url: str
+    log: Path
+    pid: int
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -76,27 +94,54 @@ def export_tiny(repository: Path, *, name: str = "reward_model", seed: int = 0, 
     from models.reward_export import export_version
 
     model, tokenizer = tiny_reward_model(seed)
-    ref = export_version(
-        model,
-        tokenizer,
-        repository=repository,
-        name=name,
-        template=TEMPLATE,
-        max_tokens=MAX_TOKENS,
-        token_budget=512,
-        card=dict(card),
-    )
-    return ref.version
+    return export_version(
+        model, tokenizer, repository=repository, name=name, serving=tiny_serving(), card=dict(card)
+    ).version
 
 
-def printed_url(log: Path, kind: str) -> str:
-    """A URL that the launcher prints once it has seen the model answer, which a client may see first."""
-    for _ in range(100):
+def tiny_serving(**changes: Any) -> "Serving":
+    """How tiny models are served, with some settings changed."""
+    from models.reward_export import Serving
+
+    return Serving(**{"template": TEMPLATE, "max_tokens": MAX_TOKENS, "token_budget": 512, **changes})
+
+
+def printed_url(log: Path, kind: str, server: subprocess.Popen[bytes] | None = None) -> str:
+    """A URL that the launcher prints once it has seen the models answer, which a client may see first."""
+    for _ in range(1800):
+        assert server is None or server.poll() is None, log.read_text()
         lines = [line.split() for line in log.read_text().splitlines() if line.startswith(f"  {kind} ")]
         if lines:
             return lines[0][1]
         time.sleep(0.1)
     raise TimeoutError(f"{log} names no {kind} URL")
+
+
+@contextmanager
+def served_repository(repository: Path, *arguments: str) -> Iterator[RunningServer]:
+    """All models of a repository behind a real Triton, once every model answers."""
+    log = repository.with_suffix(".log")
+    command = [sys.executable, "-m", "infra.triton", "--watch-stdin", "--repository", str(repository), *arguments]
+    with open(log, "wb") as output:
+        server = subprocess.Popen(
+            [*command, "--threads", "1"], cwd=ROOT, stdin=subprocess.PIPE, stdout=output, stderr=output
+        )
+    assert server.stdin is not None
+    try:
+        yield RunningServer(printed_url(log, "gRPC", server), printed_url(log, "metrics", server), log, server.pid)
+    finally:
+        server.stdin.close()
+        server.wait(60)
+
+
+def descendants(pid: int) -> set[int]:
+    """All living processes below one, by the kernel's own list."""
+    children = {int(c) for task in Path(f"/proc/{pid}/task").glob("*/children") for c in task.read_text().split()}
+    return children.union(*(descendants(child) for child in children))
+
+
+def command_line(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
 
 
 @pytest.fixture(scope="session")

@@ -26,13 +26,14 @@ from alignment.errors import (
     ModelError,
     RewardServerError,
 )
-from alignment.reward_stage import prepare_judge, prepare_reward_model
+from alignment.judge_stage import prepare_judge
+from alignment.reward_stage import prepare_reward_model
 from alignment.run_folder import RunFolder
 from alignment.stages import begin, prepare_scorers
 from flow_runs import ROOT, SMOKE, Place
 from models.checkpoints import last_checkpoint, verify
 
-TINY = ("wandb.mode=disabled", "reward.num_train_pairs=64", "judge.num_train_pairs=64")
+TINY = ("wandb.mode=disabled", "reward_training.num_train=64", "judge.num_train_pairs=64")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -158,7 +159,7 @@ def test_prompts_that_are_too_long_are_left_out_and_listed(shared: Path, tmp_pat
         (ConfigError, "reward.max_tokens=300", "reward.max_tokens (300) must be <= 256"),
         (ConfigError, "reward.template='{{ message }}'", "reward.template cannot render"),
         (ModelError, "reward.model=/no/model", "reward.model (/no/model): no such model folder"),
-        (DataError, "reward.train_pairs=/no/pairs.jsonl", "/no/pairs.jsonl: no such file"),
+        (DataError, "reward_training.train=/no/pairs.jsonl", "/no/pairs.jsonl: no such file"),
         (DataError, "judge.train_pairs=/no/pairs.jsonl", "/no/pairs.jsonl: no such file"),
         (DataError, "judge.held_out_pairs=imdb:nothing", "imdb:nothing: no built-in pairs"),
     ],

@@ -112,11 +112,11 @@ def test_the_edges_of_those_checks_are_accepted() -> None:
 
 def test_overrides_are_read_as_yaml_and_leave_the_preset_alone() -> None:
     preset = {"training": {"lr": 1.0}, "seed": 3}
-    words = ["training.lr=1e-6", "training.beta1=.5", "seed=4", "reward.train_pairs=null", "run.root=/data/a=b"]
+    words = ["training.lr=1e-6", "training.beta1=.5", "seed=4", "reward_training.train=null", "run.root=/data/a=b"]
     values = apply_overrides(preset, [*words, "run.root="])
     assert preset == {"training": {"lr": 1.0}, "seed": 3}
     assert values["seed"] == 4
-    assert values["reward"]["train_pairs"] is None
+    assert values["reward_training"]["train"] is None
     assert values["run"]["root"] is None  # of two, the last holds
     config = validate_config(apply_overrides({}, words))
     assert (config.training.lr, config.training.beta1) == (1e-6, 0.5)
@@ -146,15 +146,18 @@ def test_a_section_that_stands_there_twice_is_refused() -> None:
 def test_every_field_is_explained() -> None:
     texts = [(ROOT / "alignment" / f"{name}.py").read_text() for name in ("config", "config_sections")]
     classes = [node for text in texts for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
-    explained = 0
+    explained = set()
     for section in classes:
         for field, after in zip(section.body, [*section.body[1:], None], strict=True):
             if not isinstance(field, ast.AnnAssign) or ast.unparse(field.annotation).endswith("Section"):
                 continue
             text = getattr(getattr(after, "value", None), "value", None)
             assert isinstance(text, str) and len(text.split()) >= 2, f"{section.name}.{ast.unparse(field.target)}"
-            explained += 1
-    assert explained == len(fields())
+            explained.add((section.name, ast.unparse(field.target)))
+    sections = [info.annotation for name, info in Config.model_fields.items() if name != "seed"]
+    for cls in sections:  # a field may be explained in the section that another one is made from
+        for name in cls.model_fields:  # type: ignore[union-attr]
+            assert any((base.__name__, name) in explained for base in cls.__mro__), f"{cls}.{name}"  # type: ignore[union-attr]
 
 
 def fields() -> set[str]:
@@ -179,6 +182,12 @@ class Effect(NamedTuple):
 
 THREE_STEPS = "loop.steps_per_iteration=3"
 MEMORY = ("resources.memory=8000",)  # Metaflow raises what is below its own default for Kubernetes
+RATED = ("reward_training.train={root}/margins.jsonl",)
+REGRESSION = (
+    "reward_training.train={root}/ratings.jsonl", "reward_training.loss=regression", "reward_training.attributes=[good]"
+)  # fmt: skip
+VALIDATED = ("reward_training.validation_share=0.2",)
+SLOW = (*VALIDATED, "reward_training.val_check_interval=1", "reward_training.epochs=2", "reward_training.lr=1e-30")
 # {root} and {port} stand for the folder of the runs and a free port.
 EFFECTS = {
     "seed": Effect(1, see.column("prompt_id")),
@@ -203,14 +212,13 @@ EFFECTS = {
     "selection.truncated": Effect("refuse", see.cut_and_selected, 0),
     "reward.model": Effect("{root}/reward", see.export_says("digest")),
     "reward.template": Effect("{{ messages }}", see.export_says("template"), "{{ messages }}"),
-    "reward.train_pairs": Effect("toy:judge_pairs", see.export_says("digest")),
-    "reward.held_out_pairs": Effect("{root}/swapped.jsonl", see.export_says("accuracy"), 0.0),
-    "reward.num_train_pairs": Effect(32, see.export_says("pairs"), 32),
-    "reward.num_held_out_pairs": Effect(16, see.export_says("held_out"), 16),
     "reward.max_tokens": Effect(48, see.export_says("max_tokens"), 48),
-    "reward.lr": Effect(1e-5, see.export_says("digest")),
-    "reward.batch_size": Effect(64, see.export_says("steps"), 1),
-    "reward.epochs": Effect(2, see.export_says("steps"), 4),
+    "reward.over_long": Effect("refuse", see.export_says("over_long"), "refuse"),
+    "reward.dtype": Effect("weights", see.export_says("dtype"), "weights"),
+    "reward.runtime": Effect("onnxruntime", see.runtime_written, "onnxruntime"),
+    "reward.device_map": Effect("auto", see.export_says("device_map"), "auto"),
+    "reward.instances": Effect(2, see.instances_written, 2),
+    "reward.output": Effect("standardized", see.export_says("output"), "standardized"),
     "reward.name": Effect("other", see.export_says("name"), "other"),
     "reward.repository": Effect("{root}/elsewhere", see.export_says("repository"), "{root}/elsewhere"),
     "reward.url": Effect("127.0.0.1:9", see.server_url, "127.0.0.1:9"),
@@ -219,6 +227,35 @@ EFFECTS = {
     "reward.timeout_s": Effect(0.4, see.error_without_server, also=("reward.url=127.0.0.1:9", "reward.timeout_s=0.2")),
     "reward.patience_s": Effect(7, see.patience, 7),
     "reward.token_budget": Effect(512, see.export_says("token_budget"), 512),
+    "reward_training.train": Effect("toy:judge_pairs", see.export_says("digest")),
+    "reward_training.num_train": Effect(32, see.reward_examples("trained on"), 32),
+    "reward_training.validation_share": Effect(0.2, see.reward_examples("validated on")),
+    "reward_training.validation": Effect(["toy:judge_pairs"], see.reward_validation_sets, {"toy:judge_pairs"}),
+    "reward_training.test_share": Effect(0.2, see.reward_sets),
+    "reward_training.held_out": Effect("{root}/swapped.jsonl", see.export_says("accuracy"), 0.0),
+    "reward_training.num_held_out": Effect(16, see.reward_sets, {"toy:held_out_pairs": 16}),
+    "reward_training.also_measure": Effect(
+        ["toy:judge_pairs"], see.reward_sets, {"toy:held_out_pairs": 64, "toy:judge_pairs": 64}
+    ),
+    "reward_training.loss": Effect("scaled", see.export_says("digest"), also=RATED),
+    "reward_training.attributes": Effect(["good", "short"], see.export_says("merge_weights"), [0.5, 0.5], REGRESSION),
+    "reward_training.merge_weights": Effect([2.0], see.export_says("merge_weights"), [2.0], REGRESSION),
+    "reward_training.epochs": Effect(2, see.reward_steps, 4),
+    "reward_training.val_check_interval": Effect(1, see.reward_validations, [1, 2], VALIDATED),
+    "reward_training.stop_after": Effect(1, see.reward_validations, [1, 2], SLOW),
+    "reward_training.lora_rank": Effect(2, see.trained_weights),
+    "reward_training.lora_alpha": Effect(4, see.adapter_scale, [2.0], ("reward_training.lora_rank=2",)),
+    "reward_training.zero_stage": Effect(3, see.reward_engine("zero_optimization_stage"), 3),
+    "reward_training.lr": Effect(1e-5, see.export_says("digest")),
+    "reward_training.lr_schedule": Effect("constant", see.export_says("digest")),
+    "reward_training.warmup_steps": Effect(1, see.export_says("digest")),
+    "reward_training.min_lr": Effect(1e-3, see.export_says("digest")),
+    "reward_training.weight_decay": Effect(0.5, see.export_says("digest")),
+    "reward_training.beta1": Effect(0.5, see.export_says("digest")),
+    "reward_training.beta2": Effect(0.5, see.export_says("digest")),
+    "reward_training.gradient_clip": Effect(1e-3, see.export_says("digest")),
+    "reward_training.global_batch_size": Effect(64, see.reward_steps, 1),
+    "reward_training.micro_batch_size": Effect(8, see.reward_engine("gradient_accumulation_steps"), 4),
     "judge.train_pairs": Effect("toy:pairs", see.judge_says("weights")),
     "judge.held_out_pairs": Effect("{root}/swapped.jsonl", see.judge_says("accuracy"), 0.0),
     "judge.num_train_pairs": Effect(32, see.judge_says("weights")),
@@ -264,7 +301,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from alignment.embedded import policy_folder
-    from alignment.reward_stage import prepare_judge
+    from alignment.judge_stage import prepare_judge
     from alignment.stages import prepare_scorers
     from alignment.toy import toy_pairs
     from infra.triton_setup import free_ports
@@ -275,13 +312,21 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
     config = effect_config(root)
     prepare_judge(config, root / "judge", lambda _: None)
     earlier = see.iteration(config).trainer.run.path
-    prepare_scorers(config, str(earlier))
-    (root / "earlier").symlink_to(earlier)
     see.exported(config)
-    see.exported(effect_config(root, "reward.lr=1e-4"))
+    prepare_scorers(config, str(earlier))  # finds what has just been exported
+    (root / "earlier").symlink_to(earlier)
+    see.exported(effect_config(root, "reward_training.lr=1e-4"))
     (root / "prompts.jsonl").write_text("".join(json.dumps({"text": f"question {i}"}) + "\n" for i in range(30)))
     swapped = [{"prompt": "", "chosen": p.rejected, "rejected": p.chosen} for p in toy_pairs("toy:held_out_pairs")[:32]]
     (root / "swapped.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in swapped))
+    margins = [{**pair, "margin": 1 + i % 3} for i, pair in enumerate(swapped)]
+    (root / "margins.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in margins))
+    ratings = [
+        {"prompt": "q", "response": side, "ratings": {"good": float(i % 2), "short": -len(side)}}
+        for pair in swapped
+        for i, side in enumerate((pair["rejected"], pair["chosen"]))
+    ]
+    (root / "ratings.jsonl").write_text("".join(json.dumps(rated) + "\n" for rated in ratings))
     tiny = policy_folder("tiny", root / "cache")
     other = AutoModelForCausalLM.from_pretrained(tiny)
     with torch.no_grad():
@@ -295,7 +340,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def effect_config(root: Path, *overrides: str) -> Config:
-    own = [f"run.root={root}", "wandb.mode=disabled", "reward.num_train_pairs=64", "judge.num_train_pairs=64"]
+    own = [f"run.root={root}", "wandb.mode=disabled", "reward_training.num_train=64", "judge.num_train_pairs=64"]
     return load_config(SMOKE, [*own, *overrides])
 
 
@@ -319,6 +364,7 @@ def test_each_field_changes_what_the_program_does(field: str, bench: Any) -> Non
             return item
         return type(item)(str(item).replace("{root}", str(bench[0])).replace("{port}", bench[1]))
 
+    also = [placed(override) for override in also]
     before = look(effect_config(bench[0], *also))
     after = look(effect_config(bench[0], *also, f"{field}={json.dumps(placed(value))}"))
     assert after != before

@@ -106,6 +106,17 @@ def test_metaflow_artifacts_lead_to_everything(place, undisturbed):
     assert out.strip().endswith(f"1 True {tags}")
 
 
+def test_the_reward_model_flow_finds_what_the_same_recipe_made(place, undisturbed):
+    done = place.run("run", flow="reward_model_flow", **SETTINGS)
+    assert done.status == 0, done.output
+    assert "version 1 of reward_model was made by this recipe" in done.output
+    assert "On toy:held_out_pairs the preferred answer gets the higher reward in 100.0% of 64 pairs" in done.output
+    folder = place.root / "triton_repo" / "reward_model" / "1"
+    card = json.loads((folder / "card.json").read_text())
+    assert card["run_id"] == undisturbed.folder.name
+    assert "reward_model" in (folder / "report.html").read_text()
+
+
 def test_one_wandb_run_over_all_processes(undisturbed):
     ids = {p.name.rsplit("-", 1)[1] for p in (undisturbed.folder / "wandb").glob("offline-run-*")}
     assert ids == {undisturbed.folder.name}
@@ -179,6 +190,7 @@ def test_two_workers_take_the_same_decisions(place, undisturbed):
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_phases_as_metaflow_steps_do_the_same_rs_step(place, undisturbed):
     """RSIterationFlow on a fresh run, then on the run that it began: the boundaries between the stages hold."""
     settings = {key: value for key, value in SETTINGS.items() if not key.startswith("loop__")}

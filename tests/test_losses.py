@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from models.losses import bradley_terry_loss, response_loss_sum, token_kl
+from models.losses import response_loss_sum, token_kl
 
 
 def test_response_loss_sums_over_response_tokens_only():
@@ -38,9 +38,3 @@ def test_token_kl_is_that_of_torch_distributions():
         torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
     )
     torch.testing.assert_close(token_kl(p, q), expected)
-
-
-def test_bradley_terry_by_hand():
-    # −log σ(0) = log 2, and −log σ(log 3) = −log(3/4)
-    loss = bradley_terry_loss(torch.tensor([1.0, math.log(3)]), torch.tensor([1.0, 0.0]))
-    assert loss.item() == pytest.approx((math.log(2) + math.log(4 / 3)) / 2)

@@ -16,8 +16,10 @@ from alignment.run_folder import create
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
 
 KEYS = {
-    "": "run_id steps validation evaluation reward_model judge seconds checkpoint",
+    "": "run_id steps alarms validation evaluation reward_model judge seconds checkpoint",
     "steps": "step reward_mean selected_reward_mean response_length_mean truncated_fraction loss grad_norm lr seconds",
+    "steps.shadow": "judge_mean selected_judge_mean scoring_server",
+    "steps.scoring_server": "mean_batch queue_ms compute_ms failures real_over_padded restarted",
     "steps.seconds": "rollouts scoring update validation",
     "validation": "step reward_mean judge_mean",
     "reward_model": "name version digest accuracy",
@@ -28,10 +30,15 @@ KEYS = {
 """The keys of report.json as the contract lists them."""
 
 
+SERVER = {"mean_batch": 12.5, "queue_ms": 2.25, "compute_ms": 31.0, "failures": 3, "real_over_padded": 0.925}
+SERVER |= {"restarted": True}
+
+
 def step_record(step: int, **changes: Any) -> dict[str, Any]:
     record = {"kind": "step", "step": step, "reward_mean": 0.1 * step, "selected_reward_mean": 1.0 + 0.1 * step}
     record |= {"response_length_mean": 23.5, "truncated_fraction": 0.9, "duplicate_fraction": 0.0, "num_rollouts": 64}
     record |= {"num_selected": 8, "response_tokens": 180, "loss": 3.25, "grad_norm": 1.5, "lr": 2e-5}
+    record |= {"judge_mean": 0.01 * step, "selected_judge_mean": 0.02 * step, "scoring_server": SERVER}
     seconds = {"rollouts": 3.0, "scoring": 1.0, "update": 2.0}
     return record | {"seconds": seconds, "tokens_per_second": 400.0, "prompt_ids": ["a"]} | changes
 
@@ -138,7 +145,8 @@ def test_the_keys_are_those_of_the_contract() -> None:
     for key in ("reward_model", "judge", "seconds", "checkpoint"):
         assert set(built[key]) == set(KEYS[key].split()), key
     for step in built["steps"]:
-        assert set(step) == set(KEYS["steps"].split())
+        assert set(step) == {*KEYS["steps"].split(), *KEYS["steps.shadow"].split()}
+        assert set(step["scoring_server"]) == set(KEYS["steps.scoring_server"].split())
         assert set(step["seconds"]) == set(KEYS["steps.seconds"].split())
     assert all(set(v) == set(KEYS["validation"].split()) for v in built["validation"])
     assert built["evaluation"] == evaluation()
@@ -275,7 +283,7 @@ def test_the_page_is_accessible() -> None:
     tags = [tag for tag, _ in elements]
     assert dict(elements)["html"] == {"lang": "en"}
     assert tags.count("h1") == 1 and tags.index("h1") < tags.index("h2") < tags.index("h3")
-    assert tags.count("table") == tags.count("caption") == tags.count("thead") == 4
+    assert tags.count("table") == tags.count("caption") == tags.count("thead") == 5
     assert all("scope" in attributes for tag, attributes in elements if tag == "th")
     ids = [a["id"] for _, a in elements if "id" in a]
     assert len(ids) == len(set(ids))
@@ -301,7 +309,7 @@ def contrast(one: str, other: str) -> float:
 
 
 def test_colours_have_contrast_in_light_and_dark() -> None:
-    template = (Path(__file__).parent.parent / "alignment/report.html.jinja").read_text()
+    template = (Path(__file__).parent.parent / "alignment/charts.html.jinja").read_text()
     schemes = re.findall(r":root \{ (.*?) \}", template)
     assert len(schemes) == 2
     for scheme in schemes:
@@ -319,6 +327,43 @@ def test_charts_place_points_by_hand() -> None:
     assert lines[2] == "48.0,210.0 298.7,156.7"  # validation: 0.0 at step 0, 0.4 at step 2
     ticks = re.findall(r"0\s+0\.5\s+1\s+1\.5\s+0\s+1\s+2\s+3\s+RS step", page().text)
     assert len(ticks) == 1
+
+
+def test_the_judge_and_the_reward_server_stand_beside_the_rewards() -> None:
+    built = report()
+    assert [(s["judge_mean"], s["selected_judge_mean"]) for s in built["steps"]] == [
+        (0.01, 0.02),
+        (0.02, 0.04),
+        (0.03, 0.06),
+    ]
+    assert built["steps"][0]["scoring_server"] == SERVER
+    assert "".join(("1", "12.5", "2.2", "31.0", "3", "0.925", "yes")) in page().text
+    lines = [a["points"] for tag, a in page().elements if tag == "polyline"]
+    assert len(lines) == 6 and len(lines[3].split()) == len(lines[4].split()) == 3  # judge: all and selected rollouts
+    unknown = report(metrics=[step_record(1, scoring_server=dict.fromkeys(SERVER))])
+    assert "1––––––" in page(unknown).text
+
+
+def test_steps_recorded_before_the_shadow_was_measured_still_have_a_report() -> None:
+    old = {k: v for k, v in step_record(1).items() if k not in ("judge_mean", "selected_judge_mean", "scoring_server")}
+    built = report(metrics=[old])
+    assert built["steps"][0]["judge_mean"] is None
+    assert built["steps"][0]["scoring_server"] == dict.fromkeys(SERVER)
+    assert not page(built).open
+
+
+def test_an_alarm_stands_in_the_report_and_above_the_result() -> None:
+    assert report()["alarms"] == [] and "Alarm" not in page().text
+    validations = [
+        {"kind": "validation", "step": step, "reward_mean": 1.0 * step, "judge_mean": -0.1 * step, "seconds": 1.0}
+        for step in range(5)
+    ]
+    built = report(metrics=validations)
+    (alarm,) = built["alarms"]
+    assert alarm["step"] == 3 and alarm["text"].startswith("the mean reward has risen in 3 validations")
+    assert page(built).values["alarms.3"] == alarm["text"]
+    assert "alarm      at RS step 3: the judge does not follow the reward" in summary(built, "report.html")
+    assert len(summary(built, "report.html").splitlines()) <= 13
 
 
 def test_a_run_without_steps_still_has_a_page() -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,18 +11,13 @@ from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from alignment.errors import ConfigError, DataError, DiskError, ModelError
-from models.reward_export import _claim, complete_versions, export_version, find_version, read_version
-from models.reward_model import (
-    encode,
-    load_reward_model,
-    pairwise_accuracy,
-    render,
-    score_texts,
-    train_reward_model,
-)
+from alignment.errors import ConfigError, DiskError, ModelError
+from models.reward_export import Serving, _claim, complete_versions, export_version, find_version, read_version
+from models.reward_model import encode, load_reward_model, micro_batches, render, score_texts
 from reward_fixtures import MAX_TOKENS, TEMPLATE, export_tiny, tiny_reward_model
 
 CLS, SEP = 2, 3
@@ -94,11 +90,31 @@ def test_the_served_copies_of_render_and_encode_agree(served_code, template):
             assert [served_code.encode(tokenizer, text, max_tokens)] == encode(tokenizer, [text], max_tokens)
 
 
-def test_micro_batches_keep_the_budget_and_lose_nobody(served_code):
-    batches = list(served_code.micro_batches([5, 1, 9, 3, 3, 20], token_budget=10))
+def test_micro_batches_by_hand():
     # By length: 1 3 3 | 5 | 9 | 20. Three rows of 3 are 9 tokens; a fourth of 5 would be 20.
-    assert batches == [[1, 3, 4], [0], [2], [5]]
-    assert list(served_code.micro_batches([], token_budget=10)) == []
+    assert micro_batches([5, 1, 9, 3, 3, 20], token_budget=10, pass_tokens=5) == [[1, 3, 4], [0], [2], [5]]
+    # A pass that costs nothing pays for no padding; one that costs much, for any that fits the budget.
+    assert micro_batches([1, 3, 3], token_budget=10, pass_tokens=0) == [[0], [1, 2]]
+    assert micro_batches([1, 3, 3], token_budget=10, pass_tokens=3) == [[0, 1, 2]]
+    assert micro_batches([], token_budget=10, pass_tokens=1) == []
+
+
+@given(st.lists(st.integers(1, 40), max_size=7), st.integers(1, 80), st.integers(0, 60))
+def test_micro_batches_cost_as_little_as_any_within_the_budget(served_code, lengths, token_budget, pass_tokens):
+    found = micro_batches(lengths, token_budget, pass_tokens)
+    assert found == served_code.micro_batches(lengths, token_budget, pass_tokens)
+    assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
+
+    def cost(batches):
+        if any(len(rows) > 1 and len(rows) * max(rows) > token_budget for rows in batches):
+            return float("inf")
+        return sum(len(rows) * max(rows) + pass_tokens for rows in batches)
+
+    rows, ways = sorted(lengths), []
+    for cuts in itertools.product([False, True], repeat=max(0, len(rows) - 1)):
+        edges = [0, *(i for i, cut in enumerate(cuts, 1) if cut), len(rows)]
+        ways.append([rows[a:b] for a, b in itertools.pairwise(edges) if a < b])
+    assert cost([[lengths[i] for i in batch] for batch in found]) == min(map(cost, ways))
 
 
 def test_scores_do_not_depend_on_batch_order_or_padding():
@@ -114,71 +130,11 @@ def test_scores_do_not_depend_on_batch_order_or_padding():
     assert max(alone) - min(alone) > 0.1
 
 
-def test_pairwise_accuracy_counts_ties_as_one_half():
-    model, tokenizer = tiny_reward_model()
-    low, high = sorted(["one", "another"], key=lambda t: score_texts(model, tokenizer, [t], max_tokens=20)[0])
-    accuracy = pairwise_accuracy(model, tokenizer, [high, high, low, low], [low, low, high, low], max_tokens=20)
-    assert accuracy == (1 + 1 + 0 + 0.5) / 4
-
-
-def test_no_pairs_is_an_error():
-    model, tokenizer = tiny_reward_model()
-    with pytest.raises(DataError, match=r"reward\.held_out_pairs"):
-        pairwise_accuracy(model, tokenizer, [], [], max_tokens=8)
-    with pytest.raises(DataError, match=r"reward\.train_pairs"):
-        train_reward_model(model, tokenizer, [], [], lr=1, batch_size=1, epochs=1, max_tokens=8, seed=0)
-
-
-def train(seed: int, on_step=None):
-    model, tokenizer = tiny_reward_model()
-    chosen, rejected = [f"good {i}" for i in range(20)], [f"bad {i}" for i in range(20)]
-    losses = train_reward_model(
-        model,
-        tokenizer,
-        chosen,
-        rejected,
-        lr=3e-3,
-        batch_size=8,
-        epochs=6,
-        max_tokens=16,
-        seed=seed,
-        on_step=on_step,
-    )
-    accuracy = pairwise_accuracy(model, tokenizer, ["good 31", "good 32"], ["bad 31", "bad 32"], max_tokens=16)
-    return losses, accuracy, model
-
-
-def test_training_learns_is_deterministic_and_leaves_the_random_state_alone():
-    state = torch.random.get_rng_state()
-    steps: list[tuple[int, int, float]] = []
-    losses, accuracy, model = train(seed=1, on_step=lambda *step: steps.append(step))
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert len(losses) == 6 * 3  # 20 pairs in batches of 8 are 3 steps
-    assert steps == [(i + 1, 18, loss) for i, loss in enumerate(losses)]
-    assert accuracy == 1.0 and sum(losses[-3:]) < sum(losses[:3])
-    assert not model.training
-
-    again, _, same = train(seed=1)
-    assert again == losses
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
-    assert train(seed=2)[0] != losses
-
-
-def test_a_loss_that_is_not_finite_stops_the_training():
-    model, tokenizer = tiny_reward_model()
-    with torch.no_grad():
-        model.classifier.bias.fill_(float("nan"))
-    with pytest.raises(ModelError, match=r"loss became nan at step 1 of 1: lower reward\.lr \(0\.5\)"):
-        train_reward_model(model, tokenizer, ["a"], ["b"], lr=0.5, batch_size=1, epochs=1, max_tokens=8, seed=0)
-
-
-def save(folder: Path, labels: int = 1, headless: bool = False, pad: bool = True) -> str:
+def save(folder: Path, labels: int = 1, headless: bool = False) -> str:
     model, tokenizer = tiny_reward_model()
     if labels != 1:
         model.classifier = torch.nn.Linear(32, labels)
         model.config.num_labels = labels
-    if not pad:
-        model.config.pad_token_id = tokenizer.pad_token = None
     (model.bert if headless else model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -198,7 +154,7 @@ def test_a_new_head_is_given_by_the_seed_and_said_in_silence(tmp_path, capfd):
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
     out, err = capfd.readouterr()
     assert "classifier" not in out + err and "Loading" not in out + err
-    with pytest.raises(ModelError, match=r"no trained head \(missing .*classifier\.weight.*reward\.train_pairs"):
+    with pytest.raises(ModelError, match=r"no trained head \(missing .*classifier\.weight.*reward_training\.train"):
         load_reward_model(source, require_head=True)
 
 
@@ -208,10 +164,14 @@ def test_models_that_cannot_be_reward_models_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match="cannot be loaded"):
         load_reward_model(str(tmp_path / "empty"))
-    with pytest.raises(ModelError, match="one scalar output"):
-        load_reward_model(save(tmp_path / "two", labels=2))
-    with pytest.raises(ModelError, match="no padding token"):
-        load_reward_model(save(tmp_path / "no-pad", pad=False))
+    two = save(tmp_path / "two", labels=2)
+    with pytest.raises(ModelError, match="with 1 outputs"):
+        load_reward_model(two, require_head=True)
+    assert load_reward_model(two)[0].classifier.out_features == 1  # to be trained
+    config = json.loads((tmp_path / "two" / "config.json").read_text())
+    (tmp_path / "two" / "config.json").write_text(json.dumps({**config, "vocab_size": 11}))
+    with pytest.raises(ModelError, match=r"not those of its config\.json: .*word_embeddings"):
+        load_reward_model(two)
 
 
 def test_an_export_is_whole_and_loads_as_a_plain_model(tmp_path):
@@ -222,7 +182,8 @@ def test_an_export_is_whole_and_loads_as_a_plain_model(tmp_path):
     assert (ref.name, ref.version, ref.accuracy, ref.repository) == ("helpful", "1", 0.75, str(tmp_path))
     assert ref.digest == hashlib.sha256((weights / "model.safetensors").read_bytes()).hexdigest()
     assert json.loads((folder / "card.json").read_text())["digest"] == ref.digest
-    assert json.loads((folder / "settings.json").read_text()) == {"max_tokens": MAX_TOKENS, "token_budget": 512}
+    settings = json.loads((folder / "settings.json").read_text())
+    assert (settings["max_tokens"], settings["token_budget"], settings["over_long"]) == (MAX_TOKENS, 512, "cut")
     assert (folder / "template.jinja").read_text() == TEMPLATE
     assert 'name: "helpful"' in (tmp_path / "helpful" / "config.pbtxt").read_text()
     assert sorted(p.name for p in (tmp_path / "helpful").iterdir()) == [".claims", "1", "config.pbtxt"]
@@ -284,18 +245,21 @@ def test_a_failed_export_leaves_no_version(tmp_path):
         raise OSError(28, "No space left on device")
 
     tokenizer.save_pretrained = full_disk
-    arguments = {"repository": tmp_path, "name": "m", "max_tokens": 8, "token_budget": 8, "card": {}}
+    serving = Serving(template=TEMPLATE, max_tokens=8, token_budget=8)
     with pytest.raises(DiskError, match=r"No space left on device; free some space"):
-        export_version(model, tokenizer, template=TEMPLATE, **arguments)
+        export_version(model, tokenizer, repository=tmp_path, name="m", serving=serving, card={})
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [".claims", "config.pbtxt"]
     assert complete_versions(tmp_path, "m") == []
 
 
 def test_an_export_that_could_not_serve_is_refused(tmp_path):
     model, tokenizer = tiny_reward_model()
-    arguments = {"repository": tmp_path, "name": "m", "token_budget": 8, "card": {}}
-    with pytest.raises(ConfigError, match=r"reward\.max_tokens \(129\) must be <= 128"):
-        export_version(model, tokenizer, template=TEMPLATE, max_tokens=129, **arguments)
-    with pytest.raises(ConfigError, match=r"reward\.template"):
-        export_version(model, tokenizer, template="{{ x }}", max_tokens=8, **arguments)
+    arguments = {"repository": tmp_path, "name": "m", "card": {}}
+    for said, template, length in (
+        (r"reward\.max_tokens \(129\) must be <= 128", TEMPLATE, 129),
+        (r"reward\.template", "{{ x }}", 8),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            serving = Serving(template=template, max_tokens=length, token_budget=8)
+            export_version(model, tokenizer, serving=serving, **arguments)
     assert list(tmp_path.iterdir()) == []

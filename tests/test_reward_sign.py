@@ -7,7 +7,7 @@ import torch
 
 from alignment.statistics import mean_difference
 from flow_runs import Place
-from models.reward_export import export_version, read_version
+from models.reward_export import Serving, export_version, read_version
 from models.reward_model import load_reward_model, render, score_texts
 
 SETTINGS = {
@@ -35,8 +35,9 @@ def negated(repository):
     settings = json.loads((folder / "settings.json").read_text())
     template = (folder / "template.jinja").read_text()
     card = {"accuracy": None, "recipe_digest": "negated"}
+    serving = Serving(template=template, **settings)
     return export_version(
-        model, tokenizer, repository=repository, name="reward_model", template=template, card=card, **settings
+        model, tokenizer, repository=repository, name="reward_model", serving=serving, card=card
     ).version
 
 
@@ -64,6 +65,7 @@ def place(tmp_path_factory):
     return Place(tmp_path_factory.mktemp("sign"))
 
 
+@pytest.mark.slow
 def test_the_negative_of_the_reward_turns_the_gain(place):
     upward = place.run("run", **SETTINGS)
     repository = place.root / "triton_repo"

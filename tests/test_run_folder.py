@@ -17,8 +17,9 @@ import pyarrow.parquet as parquet
 import pytest
 
 from alignment.atomic_files import disk_errors, write_text
+from alignment.continuation import first_id
 from alignment.errors import AlignmentError, ConfigError, DataError, DiskError
-from alignment.run_folder import RunFolder, create, first_id, write_json
+from alignment.run_folder import RunFolder, create, write_json
 from alignment.types import Decision, ScoredRollout
 
 ROOT = Path(__file__).resolve().parent.parent

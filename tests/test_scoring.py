@@ -132,6 +132,8 @@ class StandInTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     def __init__(self, answer: Callable[[int, list[str]], object], version: str = "3") -> None:
         self.answer, self.version = answer, version
         self.requests: list[list[str]] = []
+        self.canary_delays: list[float] = []
+        self.lie: Callable[[object], None] = lambda _: None
         self.versions_asked: list[str] = []
         self.in_flight = self.most_in_flight = 0
         self.lock = threading.Lock()
@@ -142,6 +144,7 @@ class StandInTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         texts = [t.decode() for t in deserialize_bytes_tensor(request.raw_input_contents[0])]
         self.versions_asked.append(request.model_version)
         if texts == [json.dumps(scoring.CANARY)]:
+            time.sleep(self.canary_delays.pop() if self.canary_delays else 0)
             answer: object = [0.0]
         else:
             with self.lock:
@@ -157,6 +160,7 @@ class StandInTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         response = service_pb2.ModelInferResponse(model_name=request.model_name, model_version=self.version)
         response.outputs.add(name="reward", datatype="FP32", shape=[len(answer), 1])
         response.raw_output_contents.append(np.array(answer, dtype=np.float32).tobytes())
+        self.lie(response)
         return response
 
 
@@ -200,6 +204,20 @@ def test_faults_that_pass_are_retried_and_the_order_is_kept(stand_in, monkeypatc
     with RewardClient(url, timeout_s=10) as client:
         assert client.score(NUMBERED) == [float(i) for i in range(50)]
     assert len(triton.requests) > math.ceil(50 / scoring.TEXTS_PER_REQUEST)
+
+
+def test_first_contact_waits_longer_for_a_server_that_is_busy_than_for_none(stand_in, monkeypatch):
+    monkeypatch.setattr(scoring, "FIRST_CONTACT_S", 0.2)
+    triton, url = stand_in(rewards_of)
+    triton.canary_delays = [0.5, 0.5]
+    with RewardClient(url, patience_s=60) as client:
+        assert client.score(NUMBERED[:1]) == [0.0]
+    triton.canary_delays = [5.0] * 20
+    with (
+        RewardClient(url, patience_s=0.4) as client,
+        pytest.raises(RewardServerError, match=r"did not answer within 0\.4 s \(DEADLINE_EXCEEDED"),
+    ):
+        client.score(NUMBERED[:1])
 
 
 def test_a_slow_answer_meets_its_deadline_and_is_retried(stand_in, monkeypatch):
@@ -263,10 +281,12 @@ def test_the_version_that_answers_first_is_kept(stand_in):
     triton, url = stand_in(rewards_of, version="5")
     with RewardClient(url) as client:
         client.score(NUMBERED[:1])
-        triton.version = "6"
         assert client.model_version == "5"
         client.score(NUMBERED[:1])
-    assert triton.versions_asked == ["", "5", "5"]
+        assert triton.versions_asked == ["", "5", "5"]
+        triton.version = "6"  # a server that answers as another one than was asked for
+        with pytest.raises(RewardServerError, match=r"reward_model version 5 at .* answered as version 6"):
+            client.score(NUMBERED[:1])
 
 
 def test_several_requests_are_in_flight_but_not_all(stand_in):
@@ -295,6 +315,35 @@ def test_a_dead_local_server_ends_the_wait():
 
     with RewardClient("127.0.0.1:1", check=check) as client, pytest.raises(RewardServerError, match="it died"):
         client.wait_ready(30)
+
+
+@pytest.mark.parametrize(
+    "answer", [("BOOL", b"\1"), ("INT32", b"\1\0\0\0"), ("FP32", b""), ("FP32", b"xx"), None], ids=str
+)
+def test_an_answer_that_is_no_column_of_rewards_is_an_error(stand_in, answer):
+    """Other types, too few bytes, or no such output at all."""
+    triton, url = stand_in(rewards_of)
+
+    def lie(response):
+        del response.outputs[:], response.raw_output_contents[:]
+        if answer is not None:
+            response.outputs.add(name="reward", datatype=answer[0], shape=[1, 1])
+            response.raw_output_contents.append(answer[1])
+
+    triton.lie = lie
+    with (
+        RewardClient(url) as client,
+        pytest.raises(RewardServerError, match="gave an answer that is no column of rewards"),
+    ):
+        client.score(NUMBERED[:1])
+
+
+def test_a_closed_client_scores_no_more_and_says_so(stand_in):
+    _, url = stand_in(rewards_of)
+    with RewardClient(url) as client:
+        client.score(NUMBERED[:1])
+    with pytest.raises(RewardServerError, match="the client was closed"):
+        client.score(NUMBERED[:1])
 
 
 def test_closing_does_not_wait_for_retries(stand_in):

@@ -18,6 +18,7 @@ SECRET = "0123456789abcdef0123456789abcdef01234567"  # the form of an API key; n
 PROGRAM = """
 import json, sys
 from pathlib import Path
+from alignment.over_optimisation import Alarm
 from alignment.tracking import tracked
 folder, mode, steps = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
 with tracked("run-7", mode=mode, project="p", config={"training": {"lr": 1e-5}}, folder=folder) as tracker:
@@ -29,8 +30,10 @@ with tracked("run-7", mode=mode, project="p", config={"training": {"lr": 1e-5}},
             "response_length_mean": 20.0, "truncated_fraction": 0.0, "duplicate_fraction": 0.0, "num_rollouts": 64,
             "num_selected": 8, "response_tokens": 160, "loss": None if step == 2 else 3.0, "grad_norm": 1.0, "lr": 1e-5,
             "seconds": {"rollouts": 3.0, "scoring": 1.0, "update": 2.0}, "tokens_per_second": 400.0,
-            "prompt_ids": ["a"],
+            "prompt_ids": ["a"], "judge_mean": 0.25, "selected_judge_mean": 0.5,
+            "scoring_server": {"mean_batch": 8.0, "real_over_padded": None},
         })
+    tracker.alert(Alarm(2, "the judge stays behind"))
     report = {"evaluation": {"win_rate": 0.75, "win_rate_ci95": [0.6, 0.9], "base": {"reward_mean": 0.0}}}
     report |= {"reward_model": {"name": "rm"}, "judge": {}, "seconds": {"total": 9.0}, "checkpoint": {"step": 2}}
     tracker.log_summary(report)
@@ -76,7 +79,7 @@ def read_runs(folder: Path) -> list[dict[str, Any]]:
     """What each offline run of `folder` holds, oldest first."""
     runs = []
     for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
-        content: dict[str, Any] = {"history": [], "summary": {}, "metrics": {}}
+        content: dict[str, Any] = {"history": [], "summary": {}, "metrics": {}, "alerts": []}
         for record in wandb_records(path):
             kind = record.WhichOneof("record_type")
             if kind == "run" and record.run.run_id:
@@ -88,6 +91,8 @@ def read_runs(folder: Path) -> list[dict[str, Any]]:
             elif kind == "summary":
                 items = record.summary.update
                 content["summary"] |= {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items}
+            elif kind == "alert":
+                content["alerts"].append((record.alert.title, record.alert.text))
             elif kind == "metric":
                 content["metrics"][record.metric.glob_name or record.metric.name] = record.metric.step_metric
         runs.append(content)
@@ -111,6 +116,8 @@ def test_two_processes_are_one_run_and_no_step_is_doubled(tmp_path: Path) -> Non
         "rs/step": 1,
         "train_rollouts/global_rewards": 0.1,
         "train_rollouts/selected_rewards": 1.0,
+        "train_rollouts/judge_mean": 0.25,
+        "train_rollouts/selected_judge_mean": 0.5,
         "train_rollouts/global_response_lengths_mean": 20.0,
         "train_rollouts/truncated_fraction": 0.0,
         "train_rollouts/duplicate_fraction": 0.0,
@@ -124,11 +131,14 @@ def test_two_processes_are_one_run_and_no_step_is_doubled(tmp_path: Path) -> Non
         "timers/rollout_time": 3.0,
         "timers/scoring_time": 1.0,
         "timers/train_time": 2.0,
+        "scoring_server/mean_batch": 8.0,
     }
     assert "train_optim/loss" not in rows[3]  # an empty selection has no loss
     for run in runs:
-        families = ("train_rollouts/*", "train_optim/*", "val_rollouts/*", "timers/*")
+        families = ("train_rollouts/*", "train_optim/*", "val_rollouts/*", "timers/*", "scoring_server/*")
         assert {k: v for k, v in run["metrics"].items() if k in families} == dict.fromkeys(families, "rs/step")
+    alarm = ("RS step 2: the judge does not follow the reward", "the judge stays behind")
+    assert [r["alerts"] for r in runs] == [[alarm], []]  # told once
     summary = runs[1]["summary"]
     assert (summary["evaluation/win_rate"], summary["evaluation/win_rate_ci95/low"]) == (0.75, 0.6)
     assert (summary["evaluation/base/reward_mean"], summary["checkpoint/step"]) == (0.0, 2)

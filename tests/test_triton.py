@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -26,7 +28,17 @@ from alignment.reward_server import reward_server
 from alignment.scoring import RewardClient
 from infra.triton_setup import free_ports, servable_versions
 from models.reward_export import export_version
-from reward_fixtures import MAX_TOKENS, TEMPLATE, export_tiny, printed_url, tiny_reward_model
+from models.reward_model import score_texts
+from reward_fixtures import (
+    MAX_TOKENS,
+    command_line,
+    descendants,
+    export_tiny,
+    printed_url,
+    served_repository,
+    tiny_reward_model,
+    tiny_serving,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,10 +53,10 @@ def read_json(url: str) -> dict:
         return json.load(response)
 
 
-def infer(client: triton.InferenceServerClient, *texts: bytes) -> triton.InferResult:
+def infer(client: triton.InferenceServerClient, *texts: bytes, version: str = "") -> triton.InferResult:
     tensor = triton.InferInput("conversation", [len(texts), 1], "BYTES")
     tensor.set_data_from_numpy(np.array(texts, dtype=np.object_).reshape(-1, 1))
-    return client.infer("reward_model", [tensor], client_timeout=30)
+    return client.infer("reward_model", [tensor], model_version=version, client_timeout=30)
 
 
 def good(text: str) -> bytes:
@@ -78,8 +90,8 @@ def test_token_counts_and_their_metrics(served_reward_model):
     assert result.as_numpy("num_tokens").tolist() == [[11], [13], [MAX_TOKENS]]
     after = metrics()
     assert after["reward_tokens_real_total"] - before["reward_tokens_real_total"] == 11 + 13 + MAX_TOKENS
-    # A budget of 512 holds all three as one micro-batch.
-    assert after["reward_tokens_padded_total"] - before["reward_tokens_padded_total"] == 3 * MAX_TOKENS
+    # A forward pass costs less than padding the first two to the limit.
+    assert after["reward_tokens_padded_total"] - before["reward_tokens_padded_total"] == 2 * 13 + MAX_TOKENS
 
 
 @pytest.mark.parametrize(
@@ -87,6 +99,7 @@ def test_token_counts_and_their_metrics(served_reward_model):
     [
         (b"\xff\xfe", "conversation 1: not UTF-8"),
         (b"{not json", "conversation 1: not JSON"),
+        (b'[{"role": "user", "content": "%s"}]' % (b"x" * (1 << 18)), "this version reads at most 262144"),
         (b"[" * 100_000, "conversation 1: not JSON"),
         (b"[]", "conversation 1: must be a non-empty list"),
         (b'"text"', "conversation 1: must be a non-empty list"),
@@ -163,6 +176,16 @@ def test_a_version_that_was_never_exported_is_named(tmp_path):
     assert servable_versions(tmp_path) == {"reward_model": ["1"]}
     with pytest.raises(RewardServerError, match="no exported version of reward_model version 2"):
         servable_versions(tmp_path, "reward_model", "2")
+
+
+def test_a_config_that_cannot_be_read_is_named(tmp_path):
+    export_tiny(tmp_path)
+    config = tmp_path / "reward_model" / "config.pbtxt"
+    config.write_text(config.read_text() + "instance_gruop [ { count: 2 } ]\n")
+    process = launch("--repository", str(tmp_path))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "reward_model cannot be served: tritonserver cannot read its config.pbtxt" in err
 
 
 def test_a_taken_port_is_named_with_its_key(tmp_path):
@@ -269,8 +292,8 @@ def test_a_model_that_hangs_is_started_again(tmp_path):
     export_tiny(tmp_path)
     port, log = free_ports(1)[0], tmp_path / "log"
     impatient = (
-        "import sys, infra.triton as t; t.PULSE_S, t.HUNG_S = 0.5, 2.0\n"
-        f"sys.exit(t.main(['--watch-stdin', '--repository', {str(tmp_path)!r}, '--grpc-port', '{port}']))"
+        "import sys, infra.triton, infra.triton_health as health; health.PULSE_S, health.HUNG_S = 0.5, 2.0\n"
+        f"sys.exit(infra.triton.main(['--watch-stdin', '--repository', {str(tmp_path)!r}, '--grpc-port', '{port}']))"
     )
     with open(log, "wb") as output:
         command = [sys.executable, "-c", impatient]
@@ -287,28 +310,93 @@ def test_a_model_that_hangs_is_started_again(tmp_path):
     assert not shared_memory(server.pid)
 
 
-def test_a_model_without_finite_rewards_never_gets_ready(tmp_path):
+def export_nan(repository: Path) -> None:
+    """Export a version whose every reward is NaN."""
     model, tokenizer = tiny_reward_model()
     with torch.no_grad():
         model.classifier.bias.fill_(float("nan"))
-    export_version(
-        model,
-        tokenizer,
-        repository=tmp_path,
-        name="reward_model",
-        template=TEMPLATE,
-        max_tokens=MAX_TOKENS,
-        token_budget=512,
-        card={},
-    )
+    export_version(model, tokenizer, repository=repository, name="reward_model", serving=tiny_serving(), card={})
+
+
+def test_a_model_without_finite_rewards_never_gets_ready(tmp_path):
+    export_nan(tmp_path)
     with (
         reward_server(
             repository=tmp_path, name="reward_model", version="1", url=None, grpc_port=0, log=tmp_path / "log"
         ) as server,
         RewardClient(server.url, check=server.check) as client,
-        pytest.raises(RewardServerError, match="conversation 0: the model's output is not finite"),
+        pytest.raises(RewardServerError, match="this version gives a plain conversation the reward nan"),
     ):
         client.wait_ready(120)
+
+
+def keep_scoring(url: str, version: str, stop: threading.Event, answers: list[tuple[str, float]]) -> None:
+    """Score one conversation over and over, with no retry; note which version gave which reward."""
+    with triton.InferenceServerClient(url) as client:
+        while not stop.is_set():
+            result = infer(client, good("ab"), version=version)
+            answers.append((result.get_response().model_version, result.as_numpy("reward").item()))
+
+
+def in_process(seed: int) -> float:
+    model, tokenizer = tiny_reward_model(seed)
+    return score_texts(model, tokenizer, ["user: ab\n"], max_tokens=MAX_TOKENS)[0]
+
+
+def test_versions_are_swapped_under_load_without_a_failed_request(tmp_path):
+    """Version 2 is taken up, version 3 is once it has been mended, then the process of version 2 is lost."""
+    repository = tmp_path / "repository"
+    export_tiny(repository)
+    stop = threading.Event()
+    pinned: list[tuple[str, float]] = []
+    newest: list[tuple[str, float]] = []
+    with served_repository(repository, "--follow") as server, ThreadPoolExecutor(2) as pool:
+        clients = [pool.submit(keep_scoring, server.url, *c) for c in (("1", stop, pinned), ("", stop, newest))]
+        try:
+            wait_until(lambda: pinned and newest, "both clients are answered")
+            export_tiny(repository, seed=1)
+            wait_until(lambda: newest[-1][0] == "2", "version 2 answers")
+            export_nan(repository)
+            wait_until(
+                lambda: "reward_model version 3 cannot be served" in server.log.read_text(), "version 3 is refused"
+            )
+            (line,) = (line for line in server.log.read_text().splitlines() if "cannot be served" in line)
+            assert "gives a plain conversation the reward nan" in line
+        finally:
+            stop.set()
+        for client in clients:
+            client.result()
+        assert {version for version, _ in pinned} == {"1"}
+        versions = [version for version, _ in newest]
+        assert versions == sorted(versions) and set(versions) == {"1", "2"}
+        expected = {"1": in_process(seed=0), "2": in_process(seed=1)}
+        for version, reward in pinned + newest:
+            assert abs(reward - expected[version]) < 1e-5
+
+        with (
+            triton.InferenceServerClient(server.url) as client,
+            pytest.raises(InferenceServerException, match="restricted"),
+        ):
+            client.unload_model("reward_model")
+
+        # Version 3 is mended, which lets the oldest go.
+        model = repository / "reward_model"
+        shutil.copyfile(model / "2" / "weights" / "model.safetensors", model / "3" / "weights" / "model.safetensors")
+        wait_until(lambda: "serving reward_model version 3 too" in server.log.read_text(), "version 3 is taken up")
+
+        # Another version answers on; what is lost is found all the same, and what is deleted does not stand in the way.
+        shutil.rmtree(model / "1")
+        (stub,) = (p for p in descendants(server.pid) if "/reward_model/2/model.py" in command_line(p))
+        os.kill(stub, signal.SIGKILL)
+        with RewardClient(server.url, model_version="2") as retrying:
+            retrying.wait_ready(120)
+            assert retrying.score([[{"role": "user", "content": "ab"}]]) == pytest.approx([expected["2"]], abs=1e-5)
+        wait_until(
+            lambda: "serving reward_model (version 2, 3)" in server.log.read_text(), "the new start is announced"
+        )
+        said = server.log.read_text()
+        assert "the model's process has died; starting the server again" in said
+        assert f"reward_model/1 is not in {repository} any more" in said
 
 
 def test_ports_are_different_and_free():
@@ -317,16 +405,6 @@ def test_ports_are_different_and_free():
     for port in ports:
         with socket.socket() as s:
             s.bind(("127.0.0.1", port))
-
-
-def descendants(pid: int) -> set[int]:
-    """All living processes below one, by the kernel's own list."""
-    children = {int(c) for task in Path(f"/proc/{pid}/task").glob("*/children") for c in task.read_text().split()}
-    return children.union(*(descendants(child) for child in children))
-
-
-def command_line(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text()
 
 
 def alive(pid: int) -> bool:

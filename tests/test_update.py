@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import update_ranks
 from alignment.config_sections import TrainingSection
-from alignment.engine import Ranks, gradient_accumulation_steps, learning_rate
+from alignment.engine import Ranks, _check_finite, gradient_accumulation_steps, learning_rate
 from alignment.errors import TrainingError
-from alignment.update import _check_finite, deal
+from alignment.update import _length, deal
 from models.decoding import Sampling, draw
+from reward_runs import in_this_process
 from tiny import tiny_llama
 from update_ranks import RESPONSE_LENGTHS, rollouts
 
@@ -22,13 +24,22 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_update(tmp_path, ranks, steps=1, plain=True, options=(), **settings):
-    """`update` in processes of its own; returns the weights and the StepUpdate as a dict."""
+    """`update` on ranks of its own, or in this process with plain gradients on one; the weights and the StepUpdate."""
     settings = {"gradient_clip": 1e9, "global_batch_size": 8, **settings}
-    command = [sys.executable, "-m", "alignment.one_node", f"--nproc-per-node={ranks}"]
-    command += [str(ROOT / "tests/update_ranks.py"), json.dumps(settings), str(tmp_path / "out"), str(steps)]
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    words = [*(["--plain-gradient"] if plain else []), *options]
-    subprocess.run([*command, *words], check=True, env=env, timeout=180)
+    words = [
+        json.dumps(settings),
+        str(tmp_path / "out"),
+        str(steps),
+        *(["--plain-gradient"] if plain else []),
+        *options,
+    ]
+    if ranks == 1 and plain:
+        in_this_process(lambda: update_ranks.run(words))
+    else:
+        command = [sys.executable, "-m", "alignment.one_node", f"--nproc-per-node={ranks}"]
+        environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        command.append(str(ROOT / "tests/update_ranks.py"))
+        subprocess.run([*command, *words], check=True, env={**os.environ, **environment}, timeout=180)
     return load_file(tmp_path / "out.safetensors"), json.loads((tmp_path / "out.json").read_text())
 
 
@@ -98,7 +109,7 @@ def test_dropout_draws_from_its_named_stream_alone(tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_divergence_is_an_error_that_names_the_rate(value):
     with pytest.raises(TrainingError, match=r"loss is (nan|inf).*training\.lr"):
-        _check_finite(value, "loss")
+        _check_finite(value, "loss", "training")
     with pytest.raises(TrainingError, match=r"training\.lr"):
         draw(torch.full((1, 4), float("nan")), torch.tensor([0.5]), Sampling(1))
 
@@ -107,7 +118,7 @@ def test_deal_gives_all_ranks_equally_many_micro_batches_and_every_row_once():
     training = TrainingSection(global_batch_size=8, micro_batch_size=2)
     rows = rollouts()
     accumulation = gradient_accumulation_steps(training, 2)
-    shares = [deal(rows, 2, Ranks(rank, 2), accumulation) for rank in range(2)]
+    shares = [deal(rows, 2, Ranks(rank, 2), accumulation, _length) for rank in range(2)]
     assert [len(share) for share in shares] == [2, 2]
     dealt = sorted(r.prompt_id for share in shares for micro_batch in share for r in micro_batch)
     assert dealt == ["0", "1", "2", "3", "4"]

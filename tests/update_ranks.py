@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from alignment import engine as engines
 from alignment.config_sections import TrainingSection
 from alignment.types import Rollout
-from alignment.update import update
+from alignment.update import ResponseLoss, update
 from tiny import EOS, random_rows, tiny_llama
 
 PROMPT_LENGTHS, RESPONSE_LENGTHS = [3, 9, 5, 1, 7], [4, 12, 1, 6, 2]
@@ -41,17 +41,24 @@ def fail_if_ranks_are_joined() -> None:
 
 def main() -> None:
     atexit.register(fail_if_ranks_are_joined)  # before `start_ranks`: so it runs after what that one registers
-    settings, out, steps, plain = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3]), "--plain-gradient" in sys.argv
+    run(sys.argv[1:])
+
+
+def run(words: list[str]) -> None:
+    """Settings as JSON, where to save, steps, options."""
+    settings, out, steps, plain = json.loads(words[0]), words[1], int(words[2]), "--plain-gradient" in words
     training = TrainingSection(**settings)
     ranks = engines.start_ranks(threads=1, gpu=False)
     if plain:
         torch.optim.AdamW = lambda parameters, **_: torch.optim.SGD(parameters, lr=1.0)
     model = tiny_llama()
-    if "--dropout" in sys.argv:
+    if "--dropout" in words:
         for layer in model.model.layers:
             layer.self_attn.attention_dropout = 0.3
-        torch.rand(int(sys.argv[-1]))  # what a process may have drawn before
-    engine = engines.build_engine(model, training, world_size=ranks.world_size)
+        torch.rand(int(words[-1]))  # what a process may have drawn before
+    engine = engines.build_engine(
+        ResponseLoss(model), training, zero_stage=training.zero_stage, world_size=ranks.world_size
+    )
     for _ in range(steps):
         result = update(
             engine, rollouts(), training, ranks, lr=1.0 if plain else training.lr, pad_id=EOS, stream="test"

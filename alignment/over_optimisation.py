@@ -1,0 +1,137 @@
+"""The alarm of a run: the reward rises and its shadow, the judge, does not follow. It is told and stops nothing.
+
+A policy that learns what the reward model likes, and not what it stands for, gains reward and nothing else (Gao et
+al., "Scaling Laws for Reward Model Overoptimization", 2023). Every validation is compared with the run's first, on the
+same prompts; that is the base's, unless the phases run as Metaflow steps. The two scores have no common unit, so each
+is divided by its standard deviation over the first validation's responses. The alarm holds where both are true:
+
+1. the reward has risen: the 95 % interval of its mean gain lies above 0;
+2. the shadow does not follow: the interval of (gain of the judge − SHARE · gain of the reward) lies below 0, i.e. the
+   judge has gained less than SHARE of what the reward has.
+
+Both intervals are paired bootstraps over prompts. So the alarm waits for evidence: a judge that merely shows no clear
+gain on few prompts raises none, and the more prompts and the larger the reward's gain, the sooner it comes.
+
+Validations without scores per prompt (by runs that recorded means only) carry no measure of their noise. There the
+alarm holds where in the last RUN_LENGTH validations the mean reward lies above the first's and rises each time, and no
+mean of the judge lies above the first's. If nothing changed, any three would do so by chance once in 96 times.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from alignment.selection import REWARD_DECIMALS
+from alignment.statistics import paired_bootstrap
+
+SHARE = 1 / 3
+"""The least part of the reward's gain that the judge must gain too, both in standard deviations. Two scores
+that agree moderately (correlation 0.5) share half of a gain as long as nothing is exploited."""
+FEWEST_PROMPTS = 8
+"""Below this a bootstrap's interval is narrower than its evidence."""
+RUN_LENGTH = 3
+"""Validations in a row that the rule for means looks at."""
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """From the validation after RS step `step` on, the judge does not follow the reward; `text` says by how much."""
+
+    step: int
+    text: str
+
+
+def alarms(metrics: Sequence[Record]) -> list[Alarm]:
+    """The alarms of a run from the records of metrics.jsonl: one each time that the rule begins to hold.
+
+    Validations without a reward or a judge's score that is a number are passed over.
+    """
+    validations = _validations(metrics)
+    found = [_alarm(validations[: i + 1]) for i in range(len(validations))]
+    begins = zip([None, *found], found, strict=False)
+    return [now for before, now in begins if now is not None and before is None]
+
+
+def newest_alarm(metrics: Sequence[Record]) -> Alarm | None:
+    """The alarm that begins with the newest validation, if one does: the last of `alarms`, without the work for all."""
+    validations = _validations(metrics)
+    return _alarm(validations) if len(validations) > 1 and _alarm(validations[:-1]) is None else None
+
+
+def _validations(metrics: Sequence[Record]) -> list[Record]:
+    return [
+        r
+        for r in metrics
+        if r.get("kind") == "validation" and _is_number(r.get("reward_mean")) and _is_number(r.get("judge_mean"))
+    ]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _alarm(validations: Sequence[Record]) -> Alarm | None:
+    """Whether the rule holds at the last of these validations."""
+    base, now = validations[0], validations[-1]
+    if _paired(base, now):
+        return _by_prompts(base, now)
+    return _by_means(base, validations[1:][-RUN_LENGTH:])
+
+
+def _paired(base: Record, now: Record) -> bool:
+    """Whether both hold a score for each of the same prompts, and enough of them."""
+    return all(
+        len(base.get(key) or ()) == len(now.get(key) or ()) >= FEWEST_PROMPTS
+        and all(map(_is_number, (*base[key], *now[key])))
+        for key in ("rewards", "judged")
+    )
+
+
+def _by_prompts(base: Record, now: Record) -> Alarm | None:
+    reward, judge = (_gains(base[key], now[key]) for key in ("rewards", "judged"))
+    risen = paired_bootstrap(reward)
+    if risen[0] <= 0:
+        return None
+    lag = paired_bootstrap(judge - SHARE * reward)
+    if lag[1] >= 0:
+        return None
+    low, high = paired_bootstrap(judge)
+    return Alarm(
+        now["step"],
+        f"since RS step {base['step']} the reward has risen by {reward.mean():.2f} standard deviations (95% "
+        f"{risen[0]:+.2f} to {risen[1]:+.2f}) and the judge by {judge.mean():+.2f} (95% {low:+.2f} to {high:+.2f}), "
+        f"clearly less than {SHARE:.0%} of it: {_REMEDY}",
+    )
+
+
+def _by_means(base: Record, last: Sequence[Record]) -> Alarm | None:
+    rewards = [base["reward_mean"], *(r["reward_mean"] for r in last)]
+    rising = all(before < after for before, after in itertools.pairwise(rewards))
+    if len(last) < RUN_LENGTH or not rising or any(r["judge_mean"] > base["judge_mean"] for r in last):
+        return None
+    return Alarm(
+        last[-1]["step"],
+        f"the mean reward has risen in {RUN_LENGTH} validations, from {rewards[0]:.3f} at RS step {base['step']} to "
+        f"{rewards[-1]:.3f}, and the judge's lies no higher than then in any of them: {_REMEDY}",
+    )
+
+
+_REMEDY = (
+    "the policy may be exploiting the reward model. Read the samples; a lower training.lr, fewer steps or a better "
+    "reward model help"
+)
+
+
+def _gains(base: Sequence[float], now: Sequence[float]) -> npt.NDArray[np.float64]:
+    """Gain per prompt (P,) in standard deviations of the scores before; of all scores where those are equal."""
+    before, after = (np.round(np.asarray(scores, dtype=np.float64), REWARD_DECIMALS) for scores in (base, now))
+    scale = float(before.std() or np.concatenate([before, after]).std() or 1.0)
+    gains: npt.NDArray[np.float64] = (after - before) / scale
+    return gains

@@ -1,0 +1,158 @@
+"""What a reward model learns from and is measured on: texts as it reads them, split by prompt.
+
+The examples of `reward_training.train` are split into training, validation and test; equal prompts fall into one part.
+`validation`, `held_out` and `also_measure` are read besides, without what was trained on, under their own names.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+from alignment.config import Config
+from alignment.errors import DataError
+from alignment.preferences import conversation, read_pairs
+from alignment.preparation import cache_folder
+from alignment.ratings import read_ratings
+from alignment.splits import split_by_prompt
+from alignment.types import Conversation, PreferencePair, RatedAnswer
+
+Item = PreferencePair | RatedAnswer
+
+SHARE, TEST = "validation share", "test share"
+"""Names of the sets that `reward_training.validation_share` and `test_share` set aside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One thing to learn: (chosen, rejected) with a margin, or one text with its labels (None: unlabelled)."""
+
+    texts: tuple[str, ...]
+    answers: tuple[str, ...] = ()
+    """Of each text the part that was judged, which the rules about length look at."""
+    margin: float | None = None
+    labels: tuple[float | None, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RewardData:
+    """Examples to learn from, to validate on and to measure, the latter by name; what was left out, by set.
+
+    The first validation set chooses the checkpoint.
+    """
+
+    train: tuple[Example, ...] = ()
+    validation: dict[str, tuple[Example, ...]] = field(default_factory=dict)
+    measured: dict[str, tuple[Example, ...]] = field(default_factory=dict)
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all examples."""
+        examples = [asdict(self)[name] for name in ("train", "validation", "measured")]
+        return hashlib.sha256(json.dumps(examples, sort_keys=True).encode()).hexdigest()
+
+
+def read_reward_data(config: Config) -> RewardData:
+    """The data that the config names. Raises DataError or ConfigError."""
+    own = config.reward_training
+    left_out: dict[str, dict[str, int]] = {}
+    parts: dict[str, list[Item]] = {"train": [], "validation": [], "test": []}
+    if own.train:
+        items, left_out["train"] = _training_items(config, own.train)
+        parts = _split(config, items)
+    seen = {_key(item) for name in ("train", "validation") for item in parts[name]}
+    validation = {SHARE: _examples(config, parts["validation"])} if parts["validation"] else {}
+    measured = {TEST: _examples(config, parts["test"])} if parts["test"] else {}
+    for source in own.validation:
+        validation[source], left_out[source] = _unseen(config, source, seen)
+    for source in filter(None, (own.held_out, *own.also_measure)):
+        measured[source], left_out[source] = _unseen(config, source, seen)
+    return RewardData(_examples(config, parts["train"]), validation, measured, left_out)
+
+
+def _unseen(config: Config, source: str, seen: set[str]) -> tuple[tuple[Example, ...], dict[str, int]]:
+    """A set of pairs without those whose prompt was trained on or chose the checkpoint, and what was left out."""
+    pairs, counts = read_pairs(source, cache_folder(config), limit=config.reward_training.num_held_out)
+    unseen = [pair for pair in pairs if _key(pair) not in seen]
+    left_out = {str(reason): n for reason, n in counts.items()}
+    if len(unseen) < len(pairs):
+        left_out["prompt_trained_on"] = len(pairs) - len(unseen)
+    if not unseen:
+        raise DataError(
+            f"{source}: the prompts of all its {len(pairs)} pairs were trained on: name other data, or set "
+            "reward_training.test_share"
+        )
+    return _examples(config, unseen), left_out
+
+
+def _training_items(config: Config, source: str) -> tuple[Sequence[Item], dict[str, int]]:
+    """Pairs or rated answers, as the loss asks for, and what was left out by reason."""
+    own, cache = config.reward_training, cache_folder(config)
+    if own.loss == "regression":
+        answers, unrated = read_ratings(source, cache, own.attributes, limit=own.num_train)
+        for index, attribute in enumerate(own.attributes):
+            if all(answer.labels[index] is None for answer in answers):
+                raise DataError(
+                    f"{source}: none of its {len(answers)} answers has a rating of {attribute}: remove it from "
+                    "reward_training.attributes, or give ratings of it"
+                )
+        return answers, {str(reason): n for reason, n in unrated.items()}
+    pairs, counts = read_pairs(source, cache, limit=own.num_train)
+    without = next((number for number, pair in enumerate(pairs, start=1) if pair.margin is None), None)
+    if own.loss == "scaled" and not any(pair.margin for pair in pairs):
+        raise DataError(f"{source}: no pair has a margin above 0, so reward_training.loss (scaled) would learn nothing")
+    if own.loss in ("margin", "scaled") and without:
+        raise DataError(
+            f"{source}: pair {without} has no margin, which reward_training.loss ({own.loss}) needs: give each pair "
+            '"margin", or "score_chosen" and "score_rejected", or set reward_training.loss=bradley_terry'
+        )
+    return pairs, {str(reason): n for reason, n in counts.items()}
+
+
+def _split(config: Config, items: Sequence[Item]) -> dict[str, list[Item]]:
+    """Items by part. Raises DataError where a part that the config asks for is empty."""
+    own = config.reward_training
+    if not own.validation_share and not own.test_share:
+        return {"train": list(items), "validation": [], "test": []}
+    shares = {"validation": own.validation_share, "test": own.test_share}
+    shares["train"] = 1.0 - sum(shares.values())
+    parts = split_by_prompt(items, _prompt, shares, config.seed)
+    for name, share in shares.items():
+        if share and not parts[name]:
+            raise DataError(
+                f"{own.train}: none of its {len(items)} examples fell into the {name} part (share {share:g} of the "
+                "prompts): raise the share or reward_training.num_train"
+            )
+    return parts
+
+
+def _prompt(item: Item) -> Conversation:
+    """What an example is split by; of two plain texts, where nothing marks a prompt, the lines that both begin with."""
+    if item.prompt:
+        return item.prompt
+    if isinstance(item, RatedAnswer):
+        return conversation((), item.response)
+    lines = zip(item.chosen.splitlines(), item.rejected.splitlines(), strict=False)
+    shared = "\n".join(a for a, _ in itertools.takewhile(lambda both: both[0] == both[1], lines))
+    return conversation((), shared if shared.strip() else item.chosen)
+
+
+def _key(item: Item) -> str:
+    return json.dumps([[message["role"], message["content"]] for message in _prompt(item)])
+
+
+def _examples(config: Config, items: Sequence[Item]) -> tuple[Example, ...]:
+    """Items as the reward model reads them."""
+    from models.reward_model import render
+
+    def texts(prompt: Conversation, *answers: str) -> tuple[str, ...]:
+        return tuple(render(config.reward.template, conversation(prompt, answer)) for answer in answers)
+
+    def example(item: Item) -> Example:
+        if isinstance(item, RatedAnswer):
+            return Example(texts(item.prompt, item.response), (item.response,), labels=item.labels)
+        return Example(texts(item.prompt, item.chosen, item.rejected), (item.chosen, item.rejected), item.margin)
+
+    return tuple(map(example, items))

@@ -1,0 +1,1 @@
+"""How other systems serve a reward model, written anew from their described behaviour."""

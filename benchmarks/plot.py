@@ -1,0 +1,62 @@
+"""A line chart as one SVG file, drawn without a plotting library; its x axis is logarithmic to base 2."""
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+WIDTH, HEIGHT = 640, 400
+LEFT, RIGHT, TOP, BOTTOM = 64, 150, 40, 56
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+"""Distinct also to colour-blind readers (Okabe and Ito)."""
+
+Points = Sequence[tuple[float, float]]
+
+
+def line_chart(title: str, x_label: str, y_label: str, lines: Mapping[str, Points]) -> str:
+    """The chart's SVG text. Every x must be positive, every y at least 0; the y axis begins at 0."""
+    xs = sorted({x for points in lines.values() for x, _ in points})
+    top = max(y for points in lines.values() for _, y in points)
+    step = _round_step(top / 5)
+    ticks = [step * k for k in range(math.ceil(top / step) + 1)]
+
+    def place_x(x: float) -> float:
+        span = math.log2(xs[-1] / xs[0]) or 1.0
+        return LEFT + (WIDTH - LEFT - RIGHT) * math.log2(x / xs[0]) / span
+
+    def place_y(y: float) -> float:
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * y / ticks[-1]
+
+    parts = [_text(WIDTH / 2, 22, title, "middle", 15)]
+    for y in ticks:
+        parts.append(f'<path d="M{LEFT} {place_y(y):.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
+        parts.append(_text(LEFT - 8, place_y(y) + 4, f"{y:g}", "end"))
+    parts += [_text(place_x(x), HEIGHT - BOTTOM + 18, f"{x:g}", "middle") for x in xs]
+    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 14, x_label, "middle"))
+    parts.append(f'<g transform="rotate(-90 16 {HEIGHT / 2})">{_text(16, HEIGHT / 2, y_label, "middle")}</g>')
+    for number, (name, points) in enumerate(lines.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        placed = [(place_x(x), place_y(y)) for x, y in points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        for (x, y), (length, rate) in zip(placed, points, strict=True):
+            told = escape(f"{name}, {length:g}: {rate:.4g}")
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"><title>{told}</title></circle>')
+        parts.append(_text(WIDTH - RIGHT + 12, TOP + 18 * number + 10, name, "start", colour=colour))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" role="img" '
+        f'aria-label="{escape(title)}">\n<rect width="100%" height="100%" fill="#fff"/>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
+    )
+
+
+def _text(x: float, y: float, text: str, anchor: str, size: int = 12, colour: str = "#222") -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{colour}">{escape(text)}</text>'
+    )
+
+
+def _round_step(rough: float) -> float:
+    """The next of 1, 2, 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(rough)) if rough > 0 else 1.0
+    return next(power * m for m in (1, 2, 5, 10) if power * m >= rough * (1 - 1e-9))

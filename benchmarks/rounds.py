@@ -1,0 +1,60 @@
+"""Ways of doing the same work, timed in turn: A B A B …, so that a machine that slows down slows all of them.
+
+Each way is called once before the clock runs, to warm up and to show that it does the same work: a comparison
+of different work is an error, not a ratio.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from alignment.errors import AlignmentError
+from alignment.progress import duration
+
+TOLERANCE = 1e-4
+"""Largest difference between two ways' rewards of one text."""
+
+Way = Callable[[], list[float]]
+"""Scores the whole workload and returns the rewards, in order."""
+Note = Callable[[str], None]
+
+
+class DifferentWorkError(AlignmentError):
+    """Two ways of scoring gave a text different rewards."""
+
+
+def interleaved(
+    ways: Mapping[str, Way],
+    rounds: int,
+    on_note: Note,
+    *,
+    title: str,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each way, one number per round; the ways take turns within a round.
+
+    Raises DifferentWorkError where a way's rewards differ from the first way's by more than `TOLERANCE`.
+    """
+    on_note(f"{title}: warm-up of {len(ways)} ways, {rounds} rounds follow")
+    check_same_work({name: way() for name, way in ways.items()})
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for done in range(1, rounds + 1):
+        for name, way in ways.items():
+            begun = clock()
+            way()
+            seconds[name].append(clock() - begun)
+        took = ", ".join(f"{name} {times[-1]:.2f} s" for name, times in seconds.items())
+        left = sum(map(sum, seconds.values())) / done * (rounds - done)
+        on_note(f"{title}: round {done}/{rounds} | {took}" + (f" | {duration(left)} left" if done < rounds else ""))
+    return seconds
+
+
+def check_same_work(rewards: Mapping[str, Sequence[float]]) -> None:
+    """Raise DifferentWorkError unless all ways gave each text the same reward."""
+    (first, expected), *others = rewards.items()
+    for name, got in others:
+        if len(got) != len(expected):
+            raise DifferentWorkError(f"{name} gave {len(got)} rewards, {first} {len(expected)}")
+        for index, (a, b) in enumerate(zip(expected, got, strict=True)):
+            # Not `abs(a - b) > TOLERANCE`, which a NaN would pass.
+            if not abs(a - b) <= TOLERANCE:
+                raise DifferentWorkError(f"text {index}: {first} gave the reward {a}, {name} {b}")

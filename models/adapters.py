@@ -1,0 +1,70 @@
+"""What of a model is trained: all of it, or LoRA adapters and the head; as tensors that can be saved and put back.
+
+LoRA (Hu et al. 2021, arXiv 2106.09685) through the library peft, on all linear layers; the head is trained whole.
+"""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from alignment.errors import CheckpointError, ConfigError
+
+
+def add_lora(model: PreTrainedModel, *, rank: int, alpha: int, seed: int) -> Any:
+    """The model with adapters, all else but its head frozen; drawn from `seed`. Raises ConfigError."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    settings = LoraConfig(task_type=TaskType.SEQ_CLS, r=rank, lora_alpha=alpha, target_modules="all-linear")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return get_peft_model(model, settings)
+    except (TypeError, ValueError) as error:  # peft's, for a model that it cannot wrap
+        raise ConfigError(
+            f"reward_training.lora_rank ({rank}): {error}; set reward_training.lora_rank=0 to train all weights"
+        ) from error
+
+
+def merge_lora(model: Any) -> PreTrainedModel:
+    """The plain model with its adapters added to the weights."""
+    merged: PreTrainedModel = model.merge_and_unload()
+    return merged
+
+
+def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the trainable parameters by name. Under ZeRO-3 all ranks must call it: each parameter is gathered."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with _whole(parameter):
+                tensors[name] = parameter.detach().cpu().clone()
+    return tensors
+
+
+def load_trainable(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `trainable_tensors` gave, before an engine is built. Raises CheckpointError."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if parameters.keys() != tensors.keys():
+        odd = sorted(parameters.keys() ^ tensors.keys())
+        raise CheckpointError(f"the checkpoint's weights are not this model's: {', '.join(odd[:3])} …")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.shape != tensors[name].shape:
+                raise CheckpointError(
+                    f"{name} has the shape {tuple(tensors[name].shape)} in the checkpoint, "
+                    f"{tuple(parameter.shape)} in the model"
+                )
+            parameter.copy_(tensors[name])
+
+
+def _whole(parameter: nn.Parameter) -> Any:
+    """A context in which a parameter that ZeRO-3 has sharded is whole on every rank."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameter)

@@ -1,0 +1,93 @@
+"""What a reward model learns from: parts by prompt, margins and ratings that are not there, what was left out."""
+
+import json
+
+import pytest
+
+from alignment.config import load_config
+from alignment.errors import DataError
+from alignment.reward_data import SHARE, TEST, read_reward_data
+from flow_runs import SMOKE
+
+
+def config(tmp_path, *overrides):
+    settings = {"run.root": tmp_path, "reward_training.held_out": "null"}
+    return load_config(SMOKE, [*(f"{key}={value}" for key, value in settings.items()), *overrides])
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return f"reward_training.train={path}"
+
+
+def pair(prompt, number, **more):
+    return {"prompt": prompt, "chosen": f"good {number}", "rejected": f"bad {number}", **more}
+
+
+def test_equal_prompts_fall_into_one_part_and_no_example_is_lost(tmp_path):
+    records = [pair(f"question {i % 30}?", i) for i in range(120)]
+    shares = ("reward_training.validation_share=0.2", "reward_training.test_share=0.3")
+    data = read_reward_data(config(tmp_path, write(tmp_path / "pairs.jsonl", records), *shares))
+    parts = [data.train, data.validation[SHARE], data.measured[TEST]]
+    assert sorted(e.texts for part in parts for e in part) == sorted(
+        (f"{r['prompt']}{r['chosen']}", f"{r['prompt']}{r['rejected']}") for r in records
+    )
+    prompts = [{e.texts[0].partition("?")[0] for e in part} for part in parts]
+    assert all(prompts) and not prompts[0] & prompts[1] and not prompts[0] & prompts[2] and not prompts[1] & prompts[2]
+
+
+def test_pairs_without_a_prompt_are_split_too(tmp_path):
+    data = read_reward_data(config(tmp_path, "reward_training.test_share=0.5"))
+    assert len(data.train) + len(data.measured[TEST]) == 512
+    assert min(len(data.train), len(data.measured[TEST])) > 200
+
+
+def test_a_part_that_is_asked_for_and_empty_is_an_error(tmp_path):
+    source = write(tmp_path / "pairs.jsonl", [pair("the same", i) for i in range(9)])
+    with pytest.raises(DataError, match=r"none of its 9 examples fell into the (validation|train) part"):
+        read_reward_data(config(tmp_path, source, "reward_training.validation_share=0.5"))
+
+
+def test_margins_are_read_and_missed_by_the_losses_that_need_them(tmp_path):
+    source = write(tmp_path / "pairs.jsonl", [pair("q", 1, margin=2), pair("q", 2)])
+    assert [e.margin for e in read_reward_data(config(tmp_path, source)).train] == [2, None]
+    with pytest.raises(DataError, match=r"pair 2 has no margin, which reward_training\.loss \(scaled\) needs"):
+        read_reward_data(config(tmp_path, source, "reward_training.loss=scaled"))
+
+
+def test_ratings_are_read_and_an_attribute_without_any_is_an_error(tmp_path):
+    answers = [{"prompt": "q", "response": "a", "ratings": {"helpful": 3, "short": None}}]
+    source, loss = write(tmp_path / "ratings.jsonl", answers), "reward_training.loss=regression"
+    (example,) = read_reward_data(config(tmp_path, source, loss, "reward_training.attributes=[helpful]")).train
+    assert (example.texts, example.labels) == (("qa",), (3,))
+    with pytest.raises(DataError, match=r"none of its 1 answers has a rating of short: remove it from reward_train"):
+        read_reward_data(config(tmp_path, source, loss, "reward_training.attributes=[helpful, short]"))
+
+
+def test_what_is_left_out_is_counted_by_source(tmp_path):
+    records = [pair("q", 1), {**pair("q", 2), "rejected": "good 2"}, {**pair("q", 3), "chosen": " "}]
+    source = write(tmp_path / "pairs.jsonl", records)
+    held_out = tmp_path / "held_out.jsonl"
+    write(held_out, [pair("q", 4), pair("another q", 5)])
+    data = read_reward_data(config(tmp_path, source, f"reward_training.held_out={held_out}"))
+    assert data.left_out == {"train": {"identical": 1, "malformed": 1}, str(held_out): {"prompt_trained_on": 1}}
+    assert [e.answers for e in data.measured[str(held_out)]] == [("good 5", "bad 5")]
+    with pytest.raises(DataError, match="the prompts of all its 1 pairs were trained on"):
+        read_reward_data(config(tmp_path, source, f"reward_training.held_out={tmp_path / 'pairs.jsonl'}"))
+
+
+def test_plain_texts_are_split_by_the_lines_that_both_begin_with(tmp_path):
+    records = []
+    for i in range(90):
+        for side in ("good", "bad"):
+            records.append({"text": f"<user> question {i % 30}\n<assistant>\n{side} {i}"})
+    data = read_reward_data(
+        config(tmp_path, write(tmp_path / "pairs.jsonl", records), "reward_training.test_share=0.4")
+    )
+    train, test = ({e.texts[0].splitlines()[0] for e in part} for part in (data.train, data.measured[TEST]))
+    assert len(train) + len(test) == 30 and train and test
+
+
+def test_the_digest_is_that_of_the_texts(tmp_path):
+    first, again = (read_reward_data(config(tmp_path)).digest for _ in range(2))
+    assert first == again != read_reward_data(config(tmp_path, "reward_training.num_train=511")).digest
