@@ -115,7 +115,7 @@ class RewardSection(Section):
     max_tokens: int = Field(64, ge=1)
     """Longest conversation in the reward model's tokens."""
     over_long: Literal["cut", "refuse"] = "cut"
-    """A longer conversation loses the start of its prompt, or is an error; the server counts both."""
+    """A longer conversation loses the start of its prompt and then of the response, or is an error; each is counted."""
     output: Literal["raw", "standardized"] = "raw"
     """`standardized`: minus the mean of the held-out rewards, over their deviation, both as measured for the export."""
     name: str = Field("reward_model", pattern=r"^[A-Za-z0-9_-]+$")

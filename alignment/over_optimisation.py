@@ -10,11 +10,14 @@ is divided by its standard deviation over the first validation's responses. The 
    judge has gained less than SHARE of what the reward has.
 
 Both intervals are paired bootstraps over prompts. So the alarm waits for evidence: a judge that merely shows no clear
-gain on few prompts raises none, and the more prompts and the larger the reward's gain, the sooner it comes.
+gain on few prompts raises none, and the more prompts and the larger the reward's gain, the sooner it comes. With fewer
+than LEAST_PROMPTS there is none, since so few say too little about the rest for an interval to be one.
 
 Validations without scores per prompt (by runs that recorded means only) carry no measure of their noise. There the
 alarm holds where in the last RUN_LENGTH validations the mean reward lies above the first's and rises each time, and no
 mean of the judge lies above the first's. If nothing changed, any three would do so by chance once in 96 times.
+
+A gain below LEAST_GAIN is none, and a validation that lacks a score, or has one that is no finite number, raises none.
 """
 
 import itertools
@@ -32,10 +35,11 @@ from alignment.statistics import paired_bootstrap
 SHARE = 1 / 3
 """The least part of the reward's gain that the judge must gain too, both in standard deviations. Two scores
 that agree moderately (correlation 0.5) share half of a gain as long as nothing is exploited."""
-FEWEST_PROMPTS = 8
-"""Below this a bootstrap's interval is narrower than its evidence."""
 RUN_LENGTH = 3
 """Validations in a row that the rule for means looks at."""
+LEAST_PROMPTS = 8
+LEAST_GAIN = 10.0**-REWARD_DECIMALS
+"""Batching moves a score by less."""
 
 Record = Mapping[str, Any]
 
@@ -49,10 +53,7 @@ class Alarm:
 
 
 def alarms(metrics: Sequence[Record]) -> list[Alarm]:
-    """The alarms of a run from the records of metrics.jsonl: one each time that the rule begins to hold.
-
-    Validations without a reward or a judge's score that is a number are passed over.
-    """
+    """The alarms of a run from the records of metrics.jsonl: one each time that the rule begins to hold."""
     validations = _validations(metrics)
     found = [_alarm(validations[: i + 1]) for i in range(len(validations))]
     begins = zip([None, *found], found, strict=False)
@@ -66,32 +67,30 @@ def newest_alarm(metrics: Sequence[Record]) -> Alarm | None:
 
 
 def _validations(metrics: Sequence[Record]) -> list[Record]:
-    return [
-        r
-        for r in metrics
-        if r.get("kind") == "validation" and _is_number(r.get("reward_mean")) and _is_number(r.get("judge_mean"))
-    ]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return [r for r in metrics if r.get("kind") == "validation"]
 
 
 def _alarm(validations: Sequence[Record]) -> Alarm | None:
     """Whether the rule holds at the last of these validations."""
-    base, now = validations[0], validations[-1]
+    if not _usable(validations[-1]):
+        return None
+    base, *others = (v for v in validations if _usable(v))
+    now = others[-1] if others else base
     if _paired(base, now):
-        return _by_prompts(base, now)
-    return _by_means(base, validations[1:][-RUN_LENGTH:])
+        return _by_prompts(base, now) if len(base["rewards"]) >= LEAST_PROMPTS else None
+    return _by_means(base, others[-RUN_LENGTH:])
+
+
+def _usable(record: Record) -> bool:
+    """Whether its means are there and all of its scores are finite numbers."""
+    scores = [record.get("reward_mean"), record.get("judge_mean")]
+    scores += [*(record.get("rewards") or ()), *(record.get("judged") or ())]
+    return all(isinstance(score, int | float) and math.isfinite(score) for score in scores)
 
 
 def _paired(base: Record, now: Record) -> bool:
-    """Whether both hold a score for each of the same prompts, and enough of them."""
-    return all(
-        len(base.get(key) or ()) == len(now.get(key) or ()) >= FEWEST_PROMPTS
-        and all(map(_is_number, (*base[key], *now[key])))
-        for key in ("rewards", "judged")
-    )
+    """Whether both hold a score for each of the same prompts."""
+    return all(base.get(key) and len(base[key]) == len(now.get(key) or ()) for key in ("rewards", "judged"))
 
 
 def _by_prompts(base: Record, now: Record) -> Alarm | None:
@@ -113,8 +112,8 @@ def _by_prompts(base: Record, now: Record) -> Alarm | None:
 
 def _by_means(base: Record, last: Sequence[Record]) -> Alarm | None:
     rewards = [base["reward_mean"], *(r["reward_mean"] for r in last)]
-    rising = all(before < after for before, after in itertools.pairwise(rewards))
-    if len(last) < RUN_LENGTH or not rising or any(r["judge_mean"] > base["judge_mean"] for r in last):
+    rising = all(after - before >= LEAST_GAIN for before, after in itertools.pairwise(rewards))
+    if len(last) < RUN_LENGTH or not rising or any(r["judge_mean"] - base["judge_mean"] >= LEAST_GAIN for r in last):
         return None
     return Alarm(
         last[-1]["step"],
@@ -131,7 +130,9 @@ _REMEDY = (
 
 def _gains(base: Sequence[float], now: Sequence[float]) -> npt.NDArray[np.float64]:
     """Gain per prompt (P,) in standard deviations of the scores before; of all scores where those are equal."""
-    before, after = (np.round(np.asarray(scores, dtype=np.float64), REWARD_DECIMALS) for scores in (base, now))
-    scale = float(before.std() or np.concatenate([before, after]).std() or 1.0)
-    gains: npt.NDArray[np.float64] = (after - before) / scale
-    return gains
+    before, after = np.asarray(base, dtype=np.float64), np.asarray(now, dtype=np.float64)
+    spreads = before.std(), np.concatenate([before, after]).std()
+    scale = next((spread for spread in spreads if spread >= LEAST_GAIN), 1.0)
+    gains = after - before
+    gains[np.abs(gains) < LEAST_GAIN] = 0.0
+    return gains / scale

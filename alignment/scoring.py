@@ -16,10 +16,12 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from alignment.errors import RewardError, RewardRequestError, RewardServerError
 from alignment.types import Conversation, Message, Rollout, ScoredRollout, with_reward
+
+T = TypeVar("T")
 
 TEXTS_PER_REQUEST = 8
 REQUESTS_IN_FLIGHT = 8
@@ -74,11 +76,14 @@ class RewardClient:
         self.close()
 
     def close(self) -> None:
-        """Drop what has not been sent, wait for what is in flight but not for retries, close the channel."""
+        """Drop what has not been sent, wait for what is in flight but not for retries, close the channel.
+
+        Scores that are still waited for, in any thread, end in RewardServerError.
+        """
         self._closing.set()
-        self._requests.shutdown(wait=False, cancel_futures=True)  # first: a job in the background waits for these
-        self._background.shutdown(cancel_futures=True)
-        self._requests.shutdown()
+        # The background's jobs wait for these, and end when they are cancelled.
+        self._requests.shutdown(cancel_futures=True)
+        self._background.shutdown()
         self._client.close()
 
     @property
@@ -88,9 +93,12 @@ class RewardClient:
         return self._version
 
     def wait_ready(self, timeout_s: float, *, busy_s: float = 0.0) -> None:
-        """Wait until the model answers a canary conversation. Raises RewardServerError after `timeout_s` seconds.
+        """Wait until the model answers a canary conversation.
 
-        A server that does not answer in time, or whose queue is full, is busy: then up to `busy_s` seconds.
+        Raises RewardServerError after `timeout_s` seconds, or when the client is closed.
+
+        A server that takes the canary and does not answer in time, or whose queue is full, is busy: then up to
+        `busy_s` seconds.
 
         The server's own readiness is not asked: it stays "ready" after the model's process has died.
         """
@@ -109,8 +117,7 @@ class RewardClient:
                     f"{self._who()} did not answer within {deadline - begun:g} s ({reason}): check that the server "
                     "runs and serves this model and version, or unset reward.url to have one started"
                 )
-            if self._closing.wait(pause):
-                raise self._closed()
+            self._closing.wait(pause)
             pause = min(2 * pause, 2.0)
 
     def probe(self, timeout_s: float) -> str:
@@ -147,12 +154,10 @@ class RewardClient:
         starts = range(0, len(texts), TEXTS_PER_REQUEST)
         futures: list[Future[list[float]]] = []
         try:
-            for start in starts:
-                futures.append(self._requests.submit(self._score, texts[start : start + TEXTS_PER_REQUEST], start))
+            for s in starts:
+                futures.append(self._submit(self._requests, self._score, texts[s : s + TEXTS_PER_REQUEST], s))
             return [reward for future in futures for reward in future.result()]
-        except (CancelledError, RuntimeError) as error:
-            if not self._closing.is_set():
-                raise
+        except CancelledError as error:
             raise self._closed() from error
         finally:
             for future in futures:
@@ -188,9 +193,11 @@ class RewardClient:
         raise AssertionError("an attempt returns or raises in the end")
 
     def _infer(self, texts: list[str], timeout_s: float) -> tuple[list[float], str]:
-        """Rewards and the version that gave them. Raises tritonclient's exception."""
+        """Rewards and the version that gave them. Raises tritonclient's exception, and RewardServerError."""
         import numpy as np
 
+        if self._closing.is_set():
+            raise self._closed()
         tensor = self._triton.InferInput("conversation", [len(texts), 1], "BYTES")
         tensor.set_data_from_numpy(np.array([t.encode() for t in texts], dtype=np.object_).reshape(-1, 1))
         result = self._client.infer(
@@ -200,16 +207,13 @@ class RewardClient:
             outputs=[self._triton.InferRequestedOutput("reward")],
             client_timeout=timeout_s,
         )
-        version = str(result.get_response().model_version)
+        rewards, version = _column(result), str(result.get_response().model_version)
+        if rewards is None or not version:
+            raise RewardServerError(
+                f"{self._who()} gave an answer that is no column of rewards: is it a reward model's export?"
+            )
         if self._version and version != self._version:
             raise RewardServerError(f"{self._who()} answered as version {version}: serve the one asked for")
-        try:
-            values = result.as_numpy("reward")
-        except ValueError:  # fewer bytes than its shape says
-            values = None
-        if values is None or values.dtype != np.float32 or values.ndim != 2 or values.shape[1] != 1 or not version:
-            raise RewardServerError(f"{self._who()} gave an answer that is no column of rewards: is it another model?")
-        rewards: list[float] = values[:, 0].tolist()
         return rewards, version
 
     def _checked(self, rewards: list[float], expected: int, offset: int) -> list[float]:
@@ -230,6 +234,15 @@ class RewardClient:
         if status == "INVALID_ARGUMENT":
             return RewardRequestError(f"{self._who()} refused conversations {offset} to {offset + count - 1}: {text}")
         return RewardServerError(f"{self._who()} failed with {status}: {text}")
+
+    def _submit(self, pool: ThreadPoolExecutor, function: Callable[..., T], *arguments: Any) -> Future[T]:
+        """The function's future. Raises RewardServerError once the client is closed."""
+        try:
+            return pool.submit(function, *arguments)
+        except RuntimeError as error:
+            if not self._closing.is_set():
+                raise
+            raise self._closed() from error
 
     def _closed(self) -> RewardServerError:
         return RewardServerError(f"{self._who()}: the client was closed before an answer came")
@@ -253,8 +266,11 @@ def score_rollouts(client: RewardClient, rollouts: Sequence[Rollout]) -> list[Sc
 
 
 def score_in_background(client: RewardClient, rollouts: Sequence[Rollout]) -> Future[list[ScoredRollout]]:
-    """`score_rollouts` in the client's own thread, one batch after the other, while the caller generates."""
-    return client._background.submit(score_rollouts, client, rollouts)
+    """`score_rollouts` in the client's own thread, one batch after the other, while the caller generates.
+
+    Raises RewardServerError once the client is closed.
+    """
+    return client._submit(client._background, score_rollouts, client, rollouts)
 
 
 def _to_json(conversation: Any, index: int) -> str:
@@ -275,9 +291,21 @@ def _is_message(part: Any) -> bool:
     return isinstance(part, dict) and isinstance(part.get("role"), str) and isinstance(part.get("content"), str)
 
 
+def _column(result: Any) -> list[float] | None:
+    """The rewards of an answer; None where it holds no float32 column of them. How many they are is not looked at."""
+    output = result.get_output("reward")
+    if output is None or output.datatype != "FP32" or len(output.shape) != 2 or output.shape[1] != 1:
+        return None
+    try:
+        rewards: list[float] = result.as_numpy("reward").reshape(-1).tolist()
+    except ValueError:  # the data are not of the shape that they are said to have
+        return None
+    return rewards
+
+
 def _curable(status: str, text: str) -> bool:
     """Faults that pass: overload, a lost connection, a model process that the server's keeper starts anew."""
-    if status == "INVALID_ARGUMENT":  # whose text may quote a conversation
+    if status == "INVALID_ARGUMENT":  # its text may quote the conversation
         return False
     return status in ("UNAVAILABLE", "DEADLINE_EXCEEDED") or "Connection reset" in text or _stub_is_gone(text)
 

@@ -5,13 +5,16 @@ started again, or its model loaded again, in between; then the second reading al
 more since the restart than before it is not recognised.) A server that others use too counts their requests as well,
 and a local one those by which its launcher sees that it lives.
 
-Batches and durations come over gRPC. Padding is a metric of the served model's own, which stands on the metrics URL
-alone: a local server's is known, an external one's is not, and its padding stays None.
+Batches and durations come over gRPC. Padding and refusals are metrics of the served model's own, which stand on the
+metrics URL alone: a local server's is known, an external one's is not. There padding stays None, and `failures` lacks
+the refusals, since Triton counts a python model's error responses as successes.
 
-A reading never stops a run and takes a second at the most: one that fails is said once, and its numbers are None.
+A reading never stops a run and takes a few seconds at the most: one that fails is said once, and its numbers are None.
 """
 
+import math
 import re
+import time
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -20,9 +23,15 @@ from types import TracebackType
 from typing import Any, Self
 
 READ_S = 1.0
-"""Seconds that one reading may take."""
-REAL_TOKENS, PADDED_TOKENS = "reward_tokens_real_total", "reward_tokens_padded_total"
-"""Prometheus counters of the served model."""
+"""Seconds that the statistics, and then the metrics page, may take."""
+PAGE_BYTES = 1 << 22
+"""Largest metrics page that is read; Triton's have a few thousand bytes for each model."""
+PAGE_COUNTERS = {
+    "reward_tokens_real_total": "real_tokens",
+    "reward_tokens_padded_total": "padded_tokens",
+    "reward_requests_refused_total": "refused",
+}
+"""Prometheus counters of the served model, and their fields of Counters."""
 FIELDS = ("mean_batch", "queue_ms", "compute_ms", "failures", "real_over_padded", "restarted")
 """Keys of `difference`'s result."""
 
@@ -32,7 +41,8 @@ class Counters:
     """Sums since the server's start. An inference is one conversation, an execution one batch of them.
 
     Durations are nanoseconds, summed over the requests counted beside them: `queued` waited, `computed` were computed
-    (an answer from the response cache is not). Tokens are None where the metrics URL is unknown or does not answer.
+    (an answer from the response cache is not). Tokens and refused requests are None where the metrics URL is unknown
+    or does not answer.
     """
 
     inferences: int
@@ -44,24 +54,27 @@ class Counters:
     failures: int
     real_tokens: float | None = None
     padded_tokens: float | None = None
+    refused: float | None = None
 
 
 def difference(before: Counters, after: Counters) -> dict[str, Any]:
     """What happened between two readings, under FIELDS; None where nothing was counted.
 
     `mean_batch` is conversations per execution, `queue_ms` and `compute_ms` milliseconds per request, `failures`
-    failed requests, `real_over_padded` the share of computed tokens that are no padding.
+    requests that failed in Triton or, where that is known, were refused by the model, `real_over_padded` the share of
+    computed tokens that are no padding.
     """
     pairs = [(getattr(before, field.name), getattr(after, field.name)) for field in fields(Counters)]
     restarted = any(b is not None and a is not None and a < b for b, a in pairs)
-    grown = Counters(*(a if restarted or a is None or b is None else a - b for b, a in pairs))
-    tokens_known = grown.real_tokens is not None and (restarted or before.real_tokens is not None)
+    # What only one of the readings knows is not known, but after a restart the second alone counts.
+    parts: list[Any] = [a if restarted else None if a is None or b is None else a - b for b, a in pairs]
+    grown = Counters(*parts)
     return {
         "mean_batch": _ratio(grown.inferences, grown.executions),
         "queue_ms": _ratio(grown.queue_ns / 1e6, grown.queued),
         "compute_ms": _ratio(grown.compute_ns / 1e6, grown.computed),
-        "failures": grown.failures,
-        "real_over_padded": _ratio(grown.real_tokens, grown.padded_tokens) if tokens_known else None,
+        "failures": grown.failures + int(grown.refused or 0),
+        "real_over_padded": _ratio(grown.real_tokens, grown.padded_tokens),
         "restarted": restarted,
     }
 
@@ -123,19 +136,18 @@ class ServerWatch:
             computed=sum(p.compute_infer.count for p in parts),
             compute_ns=sum(p.compute_infer.ns for p in parts),
             failures=sum(p.fail.count for p in parts),
-            **self._read_tokens(),
+            **self._read_page(),
         )
 
-    def _read_tokens(self) -> dict[str, float]:
+    def _read_page(self) -> dict[str, float]:
         if self._metrics_url is None:
             return {}
-        # No proxy: a local server's metrics are on loopback.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with opener.open(self._metrics_url, timeout=READ_S) as response:
-                return token_counters(response.read().decode(), *self._model)
-        except (OSError, HTTPException, UnicodeDecodeError) as error:
-            self._say_once("metrics", f"{self._metrics_url} does not answer ({error}): padding is not known")
+            return page_counters(_page(self._metrics_url), *self._model)
+        except (OSError, HTTPException, ValueError) as error:
+            self._say_once(
+                "metrics", f"{self._metrics_url} does not answer ({error}): padding and refusals are not known"
+            )
             return {}
 
     def _say_once(self, kind: str, text: str) -> None:
@@ -144,17 +156,37 @@ class ServerWatch:
             self._on_note(text)
 
 
-def token_counters(text: str, model: str, version: str) -> dict[str, float]:
-    """`real_tokens` and `padded_tokens` from Prometheus text, summed over instances; {} unless both are there."""
+def _page(url: str) -> str:
+    """The text at `url`. Raises OSError, also for one that comes too slowly, HTTPException, and ValueError."""
+    deadline, page = time.monotonic() + READ_S, b""
+    # No proxy: a local server's metrics are on loopback.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    # This timeout is that of each read from the socket, not of all.
+    with opener.open(url, timeout=READ_S) as response:
+        while chunk := response.read1(1 << 16):
+            page += chunk
+            if len(page) > PAGE_BYTES:
+                raise ValueError(f"more than {PAGE_BYTES} bytes")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not all of it came within {READ_S:g} s")
+    return page.decode()
+
+
+def page_counters(text: str, model: str, version: str) -> dict[str, float]:
+    """The fields of PAGE_COUNTERS from Prometheus text, summed over instances; {} unless all are there.
+
+    Raises ValueError for a value that is no finite number.
+    """
     sums: dict[str, float] = {}
     for name, labels, value in re.findall(r"^(\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
-        if name in (REAL_TOKENS, PADDED_TOKENS):
+        if name in PAGE_COUNTERS:
             known = dict(re.findall(r'(\w+)="([^"]*)"', labels))
             if known.get("model") == model and known.get("version") == version:
-                sums[name] = sums.get(name, 0.0) + float(value)
-    if sums.keys() != {REAL_TOKENS, PADDED_TOKENS}:
-        return {}
-    return {"real_tokens": sums[REAL_TOKENS], "padded_tokens": sums[PADDED_TOKENS]}
+                field = PAGE_COUNTERS[name]
+                sums[field] = sums.get(field, 0.0) + float(value)
+                if not math.isfinite(sums[field]):
+                    raise ValueError(f"{name} is {value}")
+    return sums if len(sums) == len(PAGE_COUNTERS) else {}
 
 
 def _ratio(part: float | None, whole: float | None) -> float | None:

@@ -1,8 +1,10 @@
 """The alarm: series made by hand, and the rates of false and of missed alarms on drawn ones."""
 
+import math
 from typing import Any
 
 import numpy as np
+import pytest
 
 from alignment.over_optimisation import SHARE, Alarm, alarms, newest_alarm
 
@@ -114,13 +116,43 @@ def test_scores_that_are_all_equal_before() -> None:
     flat = [0.0] * 8
     assert steps([validation(0, flat, flat), validation(1, [1.0, 2.0, 3.0, 4.0] * 2, flat)]) == [1]
     assert steps([validation(0, flat, flat), validation(1, flat, flat)]) == []
-    assert steps([validation(0, flat, flat), validation(1, [1e-9] * 8, flat)]) == []  # no gain at 4 decimals
 
 
-def test_there_is_no_alarm_without_evidence() -> None:
-    few = [0.0, 1.0]
-    assert steps([validation(0, few, few), validation(1, [9.0, 10.0], few)]) == []
-    unknown: list[Any] = [float("nan")] * 8
-    assert steps([validation(0, BASE, BASE), validation(1, [b + 9 for b in BASE], unknown)]) == []
-    without = {"kind": "validation", "step": 1, "reward_mean": 9.0, "judge_mean": None}
-    assert steps([validation(0, BASE, BASE), without]) == []
+def test_fewer_than_eight_prompts_raise_none() -> None:
+    def few(count: int) -> list[dict[str, Any]]:
+        base = BASE[:count]
+        return [validation(i, [b + 3 * i for b in base], base) for i in range(5)]
+
+    assert steps(few(7)) == []
+    assert steps(few(8)) == [1]
+
+
+def test_a_gain_that_batching_could_make_is_none() -> None:
+    flat = [0.5] * 8
+    noise = [0.5 + 9e-5] * 8
+    for base in (flat, BASE):  # equal scores too, which have no deviation to measure a gain by
+        assert steps([validation(0, base, base), validation(1, [b + 9e-5 for b in base], base)]) == []
+        assert steps([validation(0, base, base), validation(1, [b + 2e-4 for b in base], base)]) == [1]
+    # The judge's gain is none either, however small its deviation.
+    gained = [b + 1.0 for b in BASE]
+    assert steps([validation(0, BASE, flat), validation(1, gained, noise)]) == [1]
+    assert steps(means((0, 0), (1, 9e-5), (2, 0), (3, 0))) == [3]
+    assert steps(means((0, 0), (3e-5, 0), (6e-5, 0), (9e-5, 0))) == []
+
+
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf, -math.inf, "missing"])
+@pytest.mark.parametrize("key", ["reward_mean", "judge_mean", "rewards", "judged"])
+def test_a_validation_with_a_score_that_is_no_number_raises_none(key: str, bad: float | str | None) -> None:
+    records = [r for r in series((0.5, 0.5), (3.0, 0.0), (3.0, 0.0)) if r["kind"] == "validation"]
+    one = records[2]
+    if key in ("rewards", "judged"):
+        records[2] = one | {key: [*one[key][:-1], None if bad == "missing" else bad]}
+    elif bad == "missing":
+        records[2] = {k: v for k, v in one.items() if k != key}
+    else:
+        records[2] = one | {key: bad}
+    assert steps(records[:3]) == [] and newest_alarm(records[:3]) is None
+    assert steps(records) == [15] and newest_alarm(records).step == 15
+    # As the first one it is passed over: the next is what later ones are compared with.
+    assert steps([records[2], records[0], records[3]]) == [15]
+    assert steps([records[2]]) == [] and newest_alarm([records[2]]) is None

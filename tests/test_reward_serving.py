@@ -298,6 +298,10 @@ def test_other_forms_are_refused(decoder, bad):
     assert "conversation 0: " in decoder.refusal(bad)
 
 
+def test_a_huge_conversation_is_refused_by_its_bytes(decoder):
+    assert "conversation 0: it has 262145 bytes" in decoder.refusal(b"[" * 262_145)
+
+
 def test_as_many_processes_as_instances_serve_a_model(server):
     lines = [command_line(pid) for pid in descendants(server.pid)]
     counts = {name: sum(f"/{name}/1/model.py" in line for line in lines) for name in ("strict", "decoder")}

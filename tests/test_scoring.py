@@ -132,8 +132,10 @@ class StandInTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     def __init__(self, answer: Callable[[int, list[str]], object], version: str = "3") -> None:
         self.answer, self.version = answer, version
         self.requests: list[list[str]] = []
+        self.output: dict[str, object] = {}
+        """What the reward's tensor is said to be, where that is not the truth."""
         self.canary_delays: list[float] = []
-        self.lie: Callable[[object], None] = lambda _: None
+        self.canary_faults: list[tuple[grpc.StatusCode, str]] = []
         self.versions_asked: list[str] = []
         self.in_flight = self.most_in_flight = 0
         self.lock = threading.Lock()
@@ -144,6 +146,8 @@ class StandInTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         texts = [t.decode() for t in deserialize_bytes_tensor(request.raw_input_contents[0])]
         self.versions_asked.append(request.model_version)
         if texts == [json.dumps(scoring.CANARY)]:
+            if self.canary_faults:
+                context.abort(*self.canary_faults.pop())
             time.sleep(self.canary_delays.pop() if self.canary_delays else 0)
             answer: object = [0.0]
         else:
@@ -158,9 +162,8 @@ class StandInTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         if not isinstance(answer, list):
             context.abort(*(answer if isinstance(answer, tuple) else (answer, "as told")))
         response = service_pb2.ModelInferResponse(model_name=request.model_name, model_version=self.version)
-        response.outputs.add(name="reward", datatype="FP32", shape=[len(answer), 1])
+        response.outputs.add(**{"name": "reward", "datatype": "FP32", "shape": [len(answer), 1], **self.output})
         response.raw_output_contents.append(np.array(answer, dtype=np.float32).tobytes())
-        self.lie(response)
         return response
 
 
@@ -220,6 +223,18 @@ def test_first_contact_waits_longer_for_a_server_that_is_busy_than_for_none(stan
         client.score(NUMBERED[:1])
 
 
+def test_first_contact_waits_longer_for_a_full_queue(stand_in, monkeypatch):
+    monkeypatch.setattr(scoring, "FIRST_CONTACT_S", 0.2)
+    triton, url = stand_in(rewards_of)
+    full = (grpc.StatusCode.UNAVAILABLE, "[request id: <id_unknown>] Exceeds maximum queue size")
+    triton.canary_faults = [full] * 3
+    with RewardClient(url, patience_s=60) as client:
+        assert client.score(NUMBERED[:1]) == [0.0]
+    triton.canary_faults = [(grpc.StatusCode.UNAVAILABLE, "gone")] * 3
+    with RewardClient(url, patience_s=60) as client, pytest.raises(RewardServerError, match=r"within 0\.2 s"):
+        client.score(NUMBERED[:1])
+
+
 def test_a_slow_answer_meets_its_deadline_and_is_retried(stand_in, monkeypatch):
     monkeypatch.setattr(scoring, "LONGEST_WAIT_S", 0.01)
     monkeypatch.setattr(scoring, "FIRST_WAIT_S", 0.01)
@@ -243,8 +258,9 @@ def test_a_slow_answer_meets_its_deadline_and_is_retried(stand_in, monkeypatch):
         client.score(NUMBERED[:3])
 
 
-def test_a_refused_request_is_not_sent_again(stand_in):
-    triton, url = stand_in(lambda *_: (grpc.StatusCode.INVALID_ARGUMENT, "too long"))
+@pytest.mark.parametrize("text", ["too long", "not JSON: 'Stub process not healthy, Connection reset', too long"])
+def test_a_refused_request_is_not_sent_again(stand_in, text):
+    triton, url = stand_in(lambda *_: (grpc.StatusCode.INVALID_ARGUMENT, text))
     with (
         RewardClient(url) as client,
         pytest.raises(RewardRequestError, match=r"refused conversations 0 to 2: .*too long"),
@@ -317,35 +333,6 @@ def test_a_dead_local_server_ends_the_wait():
         client.wait_ready(30)
 
 
-@pytest.mark.parametrize(
-    "answer", [("BOOL", b"\1"), ("INT32", b"\1\0\0\0"), ("FP32", b""), ("FP32", b"xx"), None], ids=str
-)
-def test_an_answer_that_is_no_column_of_rewards_is_an_error(stand_in, answer):
-    """Other types, too few bytes, or no such output at all."""
-    triton, url = stand_in(rewards_of)
-
-    def lie(response):
-        del response.outputs[:], response.raw_output_contents[:]
-        if answer is not None:
-            response.outputs.add(name="reward", datatype=answer[0], shape=[1, 1])
-            response.raw_output_contents.append(answer[1])
-
-    triton.lie = lie
-    with (
-        RewardClient(url) as client,
-        pytest.raises(RewardServerError, match="gave an answer that is no column of rewards"),
-    ):
-        client.score(NUMBERED[:1])
-
-
-def test_a_closed_client_scores_no_more_and_says_so(stand_in):
-    _, url = stand_in(rewards_of)
-    with RewardClient(url) as client:
-        client.score(NUMBERED[:1])
-    with pytest.raises(RewardServerError, match="the client was closed"):
-        client.score(NUMBERED[:1])
-
-
 def test_closing_does_not_wait_for_retries(stand_in):
     _, url = stand_in(lambda *_: grpc.StatusCode.UNAVAILABLE)
     with RewardClient(url) as client:
@@ -355,3 +342,87 @@ def test_closing_does_not_wait_for_retries(stand_in):
         client.close()
     with pytest.raises(RewardServerError, match="closed before an answer came"):
         future.result(timeout=0)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"name": "score"},
+        {"shape": [2, 1]},
+        {"shape": [1]},
+        {"shape": [1, 1, 1]},
+        {"shape": [1, 2]},
+        {"datatype": "BYTES"},
+        {"datatype": "INT32"},
+        {"datatype": "BOOL"},
+        {"datatype": "FP64"},
+    ],
+)
+def test_an_answer_that_is_no_column_of_rewards_is_a_server_error(stand_in, lie):
+    triton, url = stand_in(rewards_of)
+    with RewardClient(url) as client:
+        assert client.score([("p", "1")]) == [1.0]
+        triton.output = lie
+        with pytest.raises(RewardServerError, match="gave an answer that is no column of rewards"):
+            client.score([("p", "1")])
+
+
+def test_an_answer_without_a_version_is_a_server_error(stand_in):
+    _, url = stand_in(rewards_of, version="")
+    with RewardClient(url) as client, pytest.raises(RewardServerError, match="no column of rewards"):
+        client.score([("p", "1")])
+
+
+CLOSED = "the client was closed before an answer came"
+
+
+def test_closing_drops_the_requests_of_a_background_job(stand_in):
+    started, go_on = threading.Event(), threading.Event()
+
+    def answer(number: int, texts: list[str]) -> list[float]:
+        started.set()
+        go_on.wait(10)
+        return rewards_of(number, texts)
+
+    triton, url = stand_in(answer)
+    client = RewardClient(url)
+    many = [rollout(str(i), 0, str(i)) for i in range(40 * scoring.TEXTS_PER_REQUEST)]
+    jobs = [score_in_background(client, many), score_in_background(client, many[:1])]
+    assert started.wait(10)
+    closing = threading.Thread(target=client.close)
+    closing.start()
+    assert client._closing.wait(10)
+    go_on.set()
+    closing.join(10)
+    for job in jobs:
+        with pytest.raises(RewardServerError, match=CLOSED):
+            job.result(timeout=0)
+    # Those in flight were answered; without the cancelling, all forty would have been sent.
+    assert 1 <= len(triton.requests) <= scoring.REQUESTS_IN_FLIGHT
+
+
+@pytest.mark.parametrize("answered_before", [True, False])
+def test_a_closed_client_is_a_server_error(stand_in, answered_before):
+    triton, url = stand_in(rewards_of)
+    client = RewardClient(url)
+    if answered_before:
+        assert client.score([("p", "1")]) == [1.0]
+    client.close()
+    for use in (
+        lambda: client.score([("p", "1")]),
+        lambda: client.wait_ready(60),
+        lambda: score_in_background(client, [rollout("a", 0, "1")]),
+    ):
+        with pytest.raises(RewardServerError, match=CLOSED):
+            use()
+    assert len(triton.requests) == answered_before
+
+
+def test_closing_ends_the_wait_for_a_server():
+    client = RewardClient(f"127.0.0.1:{free_ports(1)[0]}", timeout_s=0.2)
+    with futures.ThreadPoolExecutor(1) as pool:
+        wait = pool.submit(client.wait_ready, 600)
+        time.sleep(0.3)
+        client.close()
+        with pytest.raises(RewardServerError, match="reward_model at"):
+            wait.result(timeout=30)

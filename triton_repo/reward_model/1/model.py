@@ -66,7 +66,7 @@ class TritonPythonModel:
             args,
             reward_tokens_real_total="Tokens of the scored conversations",
             reward_tokens_padded_total="Tokens of their micro-batches, padding included",
-            reward_conversations_cut_total="Over-long conversations that lost the start of their prompt",
+            reward_conversations_cut_total="Over-long conversations that lost their start: prompt, then response",
             reward_requests_refused_total="Requests that were refused for what they hold",
         )
 
