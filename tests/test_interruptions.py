@@ -23,11 +23,13 @@ from alignment.lineage import check, main
 from alignment.preparation import load_prompt_sets
 from alignment.reward_server import reward_server
 from alignment.rs_step import step_prompts
+from alignment.task import COMMAND_STARTED
 from flow_runs import ROOT, processes_naming, wait_for
 from infra.triton_setup import free_ports
 from interruptions import SETTINGS, Bench, consumed, copy_up_to, decisions, iterate, served_bench, steps
 from killed_worker import MOMENTS
 from models.checkpoints import checkpoint_folder, finished, last_checkpoint, read_manifest
+from reward_fixtures import command_line, descendants
 
 pytestmark = pytest.mark.slow
 
@@ -175,7 +177,7 @@ def test_the_time_limit_stops_with_a_checkpoint(bench, monkeypatch):
     long = ("loop.max_steps=100000", "loop.steps_per_iteration=100000", "loop.save_interval=100000")
     limit = "loop.max_time_per_run=00:00:00:30"
     config, run = bench.begin("limited", *long, limit)
-    monkeypatch.setenv(colocated.COMMAND_STARTED, str(time.time()))
+    monkeypatch.setenv(COMMAND_STARTED, str(time.time()))
     with pytest.raises(StoppedError, match=r"stopped after RS step (\d+) of 100000: loop\.max_time_per_run is over"):
         iterate(config, run)
     assert last_checkpoint(run.checkpoints).step == len(steps(run)) > 0
@@ -312,14 +314,20 @@ def test_a_local_server_whose_processes_are_killed_is_started_again(bench, undis
     scorers["reward_model"]["repository"] = str(bench.root / "triton_repo")
     run.scorers.write_text(json.dumps(scorers))
 
+    def mine(name):
+        """Of the servers below this process those that were not there before: other tests have some too."""
+        try:
+            return {pid for pid in descendants(os.getpid()) if name in command_line(pid)} - others
+        except OSError:  # one ended while we looked: look again
+            return set()
+
     def kill_both():
         for step, name in ((1, "triton_python_backend_stub"), (3, "bin/tritonserver")):
             wait_for(lambda step=step: len(steps(run)) >= step, what=f"RS step {step}")
-            mine = set(wait_for(lambda name=name: processes_naming(name)))
-            for pid in mine - others:
+            for pid in wait_for(lambda name=name: mine(name)):
                 os.kill(pid, signal.SIGKILL)
 
-    others = {pid for name in ("triton_python_backend_stub", "bin/tritonserver") for pid in processes_naming(name)}
+    others = descendants(os.getpid())
     killer = threading.Thread(target=kill_both)
     killer.start()
     iterate(local, run)
