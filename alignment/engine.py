@@ -57,6 +57,15 @@ def start_ranks(*, threads: int, gpu: bool) -> Ranks:
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
 
+def any_rank(flag: bool, ranks: Ranks, device: torch.device) -> bool:
+    """Whether the flag is set on any rank."""
+    if ranks.world_size == 1:
+        return flag
+    flags = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+    return bool(flags)
+
+
 def _leave_ranks() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

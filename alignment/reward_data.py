@@ -50,8 +50,9 @@ class RewardData:
     @property
     def digest(self) -> str:
         """sha256 of all examples."""
-        examples = [asdict(self)[name] for name in ("train", "validation", "measured")]
-        return hashlib.sha256(json.dumps(examples, sort_keys=True).encode()).hexdigest()
+        examples = asdict(self)
+        del examples["left_out"]  # counts of what is not there
+        return hashlib.sha256(json.dumps(list(examples.values()), sort_keys=True).encode()).hexdigest()
 
 
 def read_reward_data(config: Config) -> RewardData:
@@ -73,7 +74,7 @@ def read_reward_data(config: Config) -> RewardData:
 
 
 def _unseen(config: Config, source: str, seen: set[str]) -> tuple[tuple[Example, ...], dict[str, int]]:
-    """A set of pairs without those whose prompt was trained on or chose the checkpoint, and what was left out."""
+    """A set of pairs without those whose prompt is in the training or validation share, and what was left out."""
     pairs, counts = read_pairs(source, cache_folder(config), limit=config.reward_training.num_held_out)
     unseen = [pair for pair in pairs if _key(pair) not in seen]
     left_out = {str(reason): n for reason, n in counts.items()}

@@ -30,14 +30,17 @@ def num_cut(config: Config, tokenizer: Any, examples: Sequence[Example]) -> int:
 
 def _quality(config: Config, model: Any, tokenizer: Any, examples: Sequence[Example]) -> dict[str, Any]:
     """Of pairs the lengths are those of the answers, which the rules "shorter wins" and "longer wins" look at."""
+    import torch
+
+    from models.reward_losses import merged_reward
     from models.reward_model import encode, score_outputs
 
     texts = [text for example in examples for text in example.texts]
-    outputs = np.array(score_outputs(model, tokenizer, texts, max_tokens=config.reward.max_tokens))
-    rewards = outputs @ np.array(config.merge_weights)
+    outputs = score_outputs(model, tokenizer, texts, max_tokens=config.reward.max_tokens)
+    rewards = np.array(merged_reward(torch.tensor(outputs), torch.tensor(config.merge_weights)).tolist())
     if examples[0].labels:
         labels = [example.labels for example in examples]
-        measured = as_json(regression_quality(outputs.tolist(), labels, config.reward_training.attributes))
+        measured = as_json(regression_quality(outputs, labels, config.reward_training.attributes))
         return {**measured, "reward_mean": float(rewards.mean()), "reward_std": float(rewards.std())}
     lengths = [len(row) for row in encode(tokenizer, [a for example in examples for a in example.answers], UNCUT)]
     sides = (rewards[::2].tolist(), rewards[1::2].tolist(), lengths[::2], lengths[1::2])

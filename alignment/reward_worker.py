@@ -25,7 +25,6 @@ from alignment.run_folder import RunFolder
 from alignment.worker import ANOTHER, emit, reported_errors, sole_writer
 
 if TYPE_CHECKING:
-    from alignment.engine import Ranks
     from alignment.reward_training import RewardTrainer
 
 WEIGHTS = "trained.safetensors"
@@ -100,6 +99,7 @@ def read_weights(checkpoint: Path) -> dict[str, Any]:
 
 def _train(trainer: "RewardTrainer", folder: RunFolder, config: Config, stop: Stop, *, start: int) -> None:
     """Optimizer steps start + 1 … to the end, with validations and checkpoints; saves before it stops."""
+    from alignment.engine import any_rank
     from alignment.reward_training import should_stop_early, train_step, validate
     from models.checkpoints import sweep
 
@@ -123,7 +123,7 @@ def _train(trainer: "RewardTrainer", folder: RunFolder, config: Config, stop: St
         losses += [result["loss"] for result in results[:1]]
         for result in results:
             record(result)
-        asked = _any(bool(stop.reason), trainer.ranks)
+        asked = any_rank(bool(stop.reason), trainer.ranks, trainer.engine.device)
         if pause or asked:
             _save(trainer, folder, config, step)
         if asked:
@@ -163,17 +163,6 @@ def _save(trainer: "RewardTrainer", folder: RunFolder, config: Config, step: int
             prune(folder.checkpoints, keep_last=1, keep_best=1, validations=rewards)
     if ranks.world_size > 1:
         torch.distributed.barrier()
-
-
-def _any(flag: bool, ranks: "Ranks") -> bool:
-    """Whether the flag is set on any rank."""
-    import torch
-
-    if ranks.world_size == 1:
-        return flag
-    flags = torch.tensor(int(flag), device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
-    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-    return bool(flags)
 
 
 if __name__ == "__main__":

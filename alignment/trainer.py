@@ -12,7 +12,7 @@ from alignment.atomic_files import disk_errors
 from alignment.config import Config
 from alignment.continuation import check_own
 from alignment.embedded import policy_folder
-from alignment.engine import Ranks, build_engine, learning_rate, optimizer_tensors, restore_optimizer
+from alignment.engine import Ranks, any_rank, build_engine, learning_rate, optimizer_tensors, restore_optimizer
 from alignment.preparation import cache_folder, load_prompt_sets
 from alignment.provenance import describe_base, keep_manifests, provenance
 from alignment.run_folder import RunFolder
@@ -73,11 +73,7 @@ class Trainer:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
-        if self.ranks.world_size == 1:
-            return flag
-        flags = torch.tensor(int(flag), device=self.engine.device)
-        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-        return bool(flags)
+        return any_rank(flag, self.ranks, self.engine.device)
 
     def barrier(self) -> None:
         """Wait for all ranks."""

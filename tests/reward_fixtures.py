@@ -1,5 +1,6 @@
 """A tiny reward model with random weights, exported and served by the real Triton, once per test session."""
 
+import importlib.util
 import subprocess
 import sys
 import threading
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -132,6 +134,18 @@ def served_repository(repository: Path, *arguments: str) -> Iterator[RunningServ
     finally:
         server.stdin.close()
         server.wait(60)
+
+
+def triton_module(path: Path, stand_in: ModuleType | None = None) -> ModuleType:
+    """A file that runs inside Triton as a module, with a stand-in (an empty one) for the module that Triton has."""
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_under_test", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["triton_python_backend_utils"] = stand_in or ModuleType("triton_python_backend_utils")
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules["triton_python_backend_utils"]
+    return module
 
 
 def descendants(pid: int) -> set[int]:

@@ -1,14 +1,11 @@
 """Benchmarks: the arithmetic of ratios, their file, and that all compared ways score alike."""
 
-import importlib.util
 import itertools
 import json
-import sys
 import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -22,7 +19,7 @@ from benchmarks.results import Result, read_results, record, result, speedups, t
 from benchmarks.rounds import DifferentWorkError, check_same_work, interleaved
 from infra.triton_setup import free_ports
 from models.reward_model import render
-from reward_fixtures import MAX_TOKENS, TEMPLATE, ServedRewardModel
+from reward_fixtures import MAX_TOKENS, TEMPLATE, ServedRewardModel, triton_module
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONVERSATIONS = [
@@ -103,18 +100,6 @@ def test_a_comparison_of_different_work_is_an_error(other):
     check_same_work({"a": [1.0, 2.0], "b": [1.0, 2.00009]})
     with pytest.raises(DifferentWorkError, match="b"):
         check_same_work({"a": [1.0, 2.0], "b": other})
-
-
-def triton_module(path: Path) -> ModuleType:
-    """A file that runs inside Triton as a module; Triton's own module, absent here, is an empty stand-in."""
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_under_test", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["triton_python_backend_utils"] = ModuleType("triton_python_backend_utils")
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        del sys.modules["triton_python_backend_utils"]
-    return module
 
 
 def test_padding_is_constant():

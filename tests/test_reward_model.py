@@ -1,10 +1,8 @@
 """The reward model in process: text to tokens, training, accuracy, export."""
 
 import hashlib
-import importlib.util
 import itertools
 import json
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from alignment.errors import ConfigError, DiskError, ModelError
 from models.reward_export import Serving, _claim, complete_versions, export_version, find_version, read_version
 from models.reward_model import encode, load_reward_model, micro_batches, render, score_texts
-from reward_fixtures import MAX_TOKENS, TEMPLATE, export_tiny, tiny_reward_model
+from reward_fixtures import MAX_TOKENS, TEMPLATE, export_tiny, tiny_reward_model, triton_module
 
 CLS, SEP = 2, 3
 MESSAGES = [{"role": "user", "content": "Wie geht's? <b>\n"}, {"role": "assistant", "content": "gut 🙂 {{ 1 }}"}]
@@ -27,15 +25,7 @@ MESSAGES = [{"role": "user", "content": "Wie geht's? <b>\n"}, {"role": "assistan
 @pytest.fixture(scope="module")
 def served_code() -> ModuleType:
     """triton_repo's model.py as a module; Triton's own module, absent here, is an empty stand-in."""
-    path = Path(__file__).resolve().parent.parent / "triton_repo" / "reward_model" / "1" / "model.py"
-    spec = importlib.util.spec_from_file_location("served_reward_model_code", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["triton_python_backend_utils"] = ModuleType("triton_python_backend_utils")
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        del sys.modules["triton_python_backend_utils"]
-    return module
+    return triton_module(Path(__file__).resolve().parent.parent / "triton_repo" / "reward_model" / "1" / "model.py")
 
 
 def test_render_joins_messages_without_escaping():

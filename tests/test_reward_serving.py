@@ -2,10 +2,8 @@
 
 import copy
 import functools
-import importlib.util
 import json
 import re
-import sys
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +35,7 @@ from reward_fixtures import (
     served_repository,
     tiny_reward_model,
     tiny_serving,
+    triton_module,
 )
 
 MERGE_WEIGHTS = (0.5, -2.0, 1.25)
@@ -370,15 +369,7 @@ def served_code() -> ModuleType:
     triton.TritonError, triton.InferenceResponse = StandInError, SimpleNamespace
     triton.Tensor = lambda name, values: SimpleNamespace(name=name, values=values)
     triton.get_input_tensor_by_name = lambda request, _: SimpleNamespace(as_numpy=lambda: np.array(request, object))
-    path = ROOT / "triton_repo" / "reward_model" / "1" / "model.py"
-    spec = importlib.util.spec_from_file_location("served_code", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[triton.__name__] = triton
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        del sys.modules[triton.__name__]
-    return module
+    return triton_module(ROOT / "triton_repo" / "reward_model" / "1" / "model.py", triton)
 
 
 class StandInCounter:
