@@ -226,6 +226,8 @@ class JudgeSection(Section):
 
 
 class TrainingSection(OptimizerSection):
+    kl_penalty: Number = Field(0.0, ge=0)
+    """Weight of the KL to the base, per response token, in the update's loss; 0 spares the base's forward pass."""
     zero_stage: Literal[0, 1, 2] = 0
     """DeepSpeed ZeRO stage."""
 

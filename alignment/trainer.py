@@ -92,13 +92,13 @@ def load_trainer(config: Config, run: RunFolder, ranks: Ranks) -> Trainer:
     if checkpoint:
         manifest = read_manifest(Path(checkpoint.uri))
         check_own(config, run, Path(checkpoint.uri))
-    source = checkpoint.uri if checkpoint else policy_folder(config.policy.model, cache_folder(config))
-    device = "cuda" if config.resources.gpu else "cpu"
-    policy = load_policy(source, prompt_format=config.policy.prompt_format, device=device)
+    base_source = policy_folder(config.policy.model, cache_folder(config))
+    source = checkpoint.uri if checkpoint else base_source
     training = config.training
-    engine = build_engine(
-        ResponseLoss(policy.model), training, zero_stage=training.zero_stage, world_size=ranks.world_size
-    )
+    policy = _load(config, source)
+    base = _load(config, base_source).model if training.kl_penalty else None
+    loss = ResponseLoss(policy.model, base, training.kl_penalty)
+    engine = build_engine(loss, training, zero_stage=training.zero_stage, world_size=ranks.world_size)
     lost_moments = _lost_moments(manifest, config, ranks)
     if checkpoint and not lost_moments:
         restore_optimizer(engine, read_optimizer_state(Path(checkpoint.uri), ranks.rank))
@@ -115,6 +115,11 @@ def load_trainer(config: Config, run: RunFolder, ranks: Ranks) -> Trainer:
         lost_moments=lost_moments,
         base={} if checkpoint else describe_base(config.policy.model, source, policy.model.config),
     )
+
+
+def _load(config: Config, source: Path | str) -> Policy:
+    device = "cuda" if config.resources.gpu else "cpu"
+    return load_policy(source, prompt_format=config.policy.prompt_format, device=device)
 
 
 def _lost_moments(manifest: Mapping[str, Any], config: Config, ranks: Ranks) -> str:

@@ -16,21 +16,31 @@ from alignment.config_sections import TrainingSection
 from alignment.engine import Ranks, gradient_accumulation_steps, optimizer_step
 from alignment.types import Rollout, StepUpdate
 from models.batching import ResponseBatch, response_batch, response_logits
-from models.losses import response_loss_sum
+from models.losses import penalised_loss_sum, response_loss_sum
 
 Item = TypeVar("Item")
 
 
 class ResponseLoss(nn.Module):
-    """A policy as a module whose forward is the summed response loss: what the engine wraps."""
+    """A policy as a module whose forward is the summed response loss: what the engine wraps.
 
-    def __init__(self, policy: nn.Module) -> None:
+    With a `base`, the loss holds `kl_penalty` times the KL to it. The base is kept out of the module's parameters: it
+    is neither trained nor saved, nor sharded.
+    """
+
+    def __init__(self, policy: nn.Module, base: nn.Module | None = None, kl_penalty: float = 0.0) -> None:
         super().__init__()
-        self.policy = policy
+        self.policy, self.kl_penalty = policy, kl_penalty
+        self._base = (base,)  # in a tuple, where torch does not look for parameters
 
     def forward(self, batch: ResponseBatch) -> Tensor:
-        """Cross-entropy summed over the batch's response tokens, in nats; a scalar."""
-        return response_loss_sum(response_logits(self.policy, batch), batch.targets, batch.response_mask)
+        """Cross-entropy, and the penalty, summed over the batch's response tokens, in nats; a scalar."""
+        logits, (base,) = response_logits(self.policy, batch), self._base
+        if base is None:
+            return response_loss_sum(logits, batch.targets, batch.response_mask)
+        with torch.no_grad():
+            base_logits = response_logits(base, batch)
+        return penalised_loss_sum(logits, base_logits, batch.targets, batch.response_mask, self.kl_penalty)
 
 
 def update(

@@ -21,6 +21,19 @@ def response_loss_sum(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.flatten(), losses, 0.0).sum()
 
 
+def penalised_loss_sum(logits: Tensor, base_logits: Tensor, targets: Tensor, mask: Tensor, kl_penalty: float) -> Tensor:
+    """`response_loss_sum` plus `kl_penalty` times the exact KL(policy ‖ base) summed over response tokens, in nats.
+
+    The penalty is that of RLHF's objective (Ziegler et al., "Fine-Tuning Language Models from Human Preferences",
+    2019, eq. 2), taken over the whole vocabulary at each position instead of at the sampled token: it costs one
+    forward pass of the base and has no sampling noise of its own.
+
+    Shape: logits and base_logits (B, R, V), targets (B, R), mask (B, R) bool; returns a scalar in float32.
+    """
+    divergence = torch.where(mask, token_kl(logits, base_logits), 0.0).sum()
+    return response_loss_sum(logits, targets, mask) + kl_penalty * divergence
+
+
 def token_kl(logits: Tensor, base_logits: Tensor) -> Tensor:
     """Exact KL(policy ‖ base) of each position's next-token distribution, in nats.
 

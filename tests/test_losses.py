@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from models.losses import response_loss_sum, token_kl
+from models.losses import penalised_loss_sum, response_loss_sum, token_kl
 
 
 def test_response_loss_sums_over_response_tokens_only():
@@ -29,6 +29,14 @@ def test_token_kl_by_hand():
     q = torch.tensor([[[0.0, math.log(3)]]])
     assert token_kl(p, q).item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), abs=1e-7)
     assert token_kl(q, q).item() == pytest.approx(0, abs=1e-7)
+
+
+def test_penalised_loss_by_hand():
+    # p = (1/2, 1/2) predicts class 0: log 2 nats; its KL to q = (1/4, 3/4) as above; the second position is padding
+    logits = torch.zeros(1, 2, 2)
+    base = torch.tensor([[[0.0, math.log(3)], [0.0, 5.0]]])
+    loss = penalised_loss_sum(logits, base, torch.tensor([[0, 0]]), torch.tensor([[True, False]]), kl_penalty=0.3)
+    assert loss.item() == pytest.approx(math.log(2) + 0.3 * (0.5 * math.log(2) + 0.5 * math.log(2 / 3)))
 
 
 def test_token_kl_is_that_of_torch_distributions():

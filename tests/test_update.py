@@ -18,7 +18,7 @@ from alignment.update import _length, deal
 from models.decoding import Sampling, draw
 from reward_runs import in_this_process
 from tiny import tiny_llama
-from update_ranks import RESPONSE_LENGTHS, rollouts
+from update_ranks import BASE_SEED, RESPONSE_LENGTHS, rollouts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,14 +43,17 @@ def run_update(tmp_path, ranks, steps=1, plain=True, options=(), **settings):
     return load_file(tmp_path / "out.safetensors"), json.loads((tmp_path / "out.json").read_text())
 
 
-def plain_gradient(rows):
+def plain_gradient(rows, kl_penalty=0.0):
     """Gradient and loss of mean cross-entropy per response token: each row alone, no padding, float64."""
-    model = tiny_llama().double()
+    model, base = tiny_llama().double(), tiny_llama(BASE_SEED).double()
     tokens = sum(len(r.response_ids) for r in rows)
     loss = torch.zeros((), dtype=torch.float64)
     for r in rows:
-        logits = model(torch.tensor([r.prompt_ids + r.response_ids])).logits[0, len(r.prompt_ids) - 1 : -1]
+        ids, responses = torch.tensor([r.prompt_ids + r.response_ids]), slice(len(r.prompt_ids) - 1, -1)
+        logits = model(ids).logits[0, responses]
         loss += torch.nn.functional.cross_entropy(logits, torch.tensor(r.response_ids), reduction="sum") / tokens
+        p, q = (torch.distributions.Categorical(logits=x) for x in (logits, base(ids).logits[0, responses].detach()))
+        loss += kl_penalty * torch.distributions.kl_divergence(p, q).sum() / tokens
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters()}, loss.item()
 
@@ -70,6 +73,17 @@ def test_gradient_is_that_of_one_plain_backward(tmp_path, ranks, zero_stage, mic
     assert result["grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert result["response_tokens"] == sum(RESPONSE_LENGTHS)
     assert result["optimizer_steps"] == 1
+
+
+@pytest.mark.parametrize(("ranks", "zero_stage"), [(1, 0), (2, 2)])
+def test_penalty_adds_the_gradient_of_the_exact_kl_to_the_base(tmp_path, ranks, zero_stage):
+    weights, result = run_update(tmp_path, ranks, zero_stage=zero_stage, micro_batch_size=2, kl_penalty=0.3)
+    gradient, loss = plain_gradient(rollouts(), kl_penalty=0.3)
+    before = tiny_llama().state_dict()
+    assert weights.keys() == before.keys()  # the base is not among them
+    for name, expected in gradient.items():
+        torch.testing.assert_close((before[name] - weights[name]).double(), expected, atol=1e-6, rtol=1e-4)
+    assert result["loss"] == pytest.approx(loss, abs=1e-6)
 
 
 def test_each_optimizer_step_is_normalised_by_its_own_tokens(tmp_path):

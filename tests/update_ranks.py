@@ -1,6 +1,7 @@
 """One RS update on the ranks that alignment.one_node starts; saves weights and result for tests/test_update.py.
 
 With `--plain-gradient`, SGD with rate 1 stands in for AdamW, so that the change of the weights is the gradient.
+With a `kl_penalty` the base is another model.
 With `--dropout N` the attention drops, after N numbers were drawn from torch's generator.
 """
 
@@ -19,6 +20,7 @@ from alignment.types import Rollout
 from alignment.update import ResponseLoss, update
 from tiny import EOS, random_rows, tiny_llama
 
+BASE_SEED = 5
 PROMPT_LENGTHS, RESPONSE_LENGTHS = [3, 9, 5, 1, 7], [4, 12, 1, 6, 2]
 
 
@@ -56,9 +58,9 @@ def run(words: list[str]) -> None:
         for layer in model.model.layers:
             layer.self_attn.attention_dropout = 0.3
         torch.rand(int(words[-1]))  # what a process may have drawn before
-    engine = engines.build_engine(
-        ResponseLoss(model), training, zero_stage=training.zero_stage, world_size=ranks.world_size
-    )
+    base = tiny_llama(BASE_SEED) if training.kl_penalty else None
+    loss = ResponseLoss(model, base, training.kl_penalty)
+    engine = engines.build_engine(loss, training, zero_stage=training.zero_stage, world_size=ranks.world_size)
     for _ in range(steps):
         result = update(
             engine, rollouts(), training, ranks, lr=1.0 if plain else training.lr, pad_id=EOS, stream="test"
