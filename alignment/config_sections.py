@@ -90,6 +90,8 @@ class RolloutsSection(Section):
     """Sample among the k most probable tokens; 0 means all."""
     top_p: Number = Field(1.0, gt=0, le=1)
     """Sample among the smallest set of tokens with this probability; 1 means all."""
+    references: Literal["ignore", "join"] = "ignore"
+    """`join`: a prompt's reference answer, where it has one, is scored beside the samples and may be selected."""
     batch_rows: int = Field(128, ge=1)
     """Responses decoded side by side on one worker: bounds memory."""
 

@@ -57,7 +57,12 @@ def sample_shard(config: Config, place: Place, shard: int, num_shards: int) -> t
     begun = time.monotonic()
     prompts = step_prompts(config, load_prompt_sets(_run(place).path).train, place["step"])[shard::num_shards]
     rollouts = _generate(
-        config, place, prompts, config.rollouts.num_rollouts_per_prompt, f"{config.seed}/step-{place['step']}"
+        config,
+        place,
+        prompts,
+        config.rollouts.num_rollouts_per_prompt,
+        f"{config.seed}/step-{place['step']}",
+        with_references=config.rollouts.references == "join",
     )
     return [asdict(r) for r in rollouts], time.monotonic() - begun
 
@@ -151,7 +156,13 @@ def validate(config: Config, place: Place) -> Plain:
 
 
 def _generate(
-    config: Config, place: Place, prompts: Sequence[Prompt], samples_per_prompt: int, stream: str
+    config: Config,
+    place: Place,
+    prompts: Sequence[Prompt],
+    samples_per_prompt: int,
+    stream: str,
+    *,
+    with_references: bool = False,
 ) -> list[Rollout]:
     """Rollouts by the policy of the last checkpoint, or of the base, in the order of `prompts`."""
     import torch
@@ -176,6 +187,7 @@ def _generate(
         sampling=training_sampling(config),
         batch_rows=config.rollouts.batch_rows,
         stream=stream,
+        with_references=with_references,
     )
     return in_prompt_order([r for batch in batches for r in batch], prompts)
 

@@ -98,9 +98,10 @@ def load_prompt_sets(run: Path) -> PromptSets:
 
 
 def _line(prompt: Prompt) -> str:
-    return json_text({"id": prompt.prompt_id, "messages": list(prompt.messages)}) + "\n"
+    reference = {} if prompt.reference is None else {"reference": prompt.reference}
+    return json_text({"id": prompt.prompt_id, "messages": list(prompt.messages), **reference}) + "\n"
 
 
 def _read(path: Path) -> tuple[Prompt, ...]:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return tuple(Prompt(row["id"], tuple(row["messages"])) for row in rows)
+    return tuple(Prompt(row["id"], tuple(row["messages"]), row.get("reference")) for row in rows)

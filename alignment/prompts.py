@@ -1,8 +1,9 @@
 """Prompts: where they are read from, which judge and which train, and in which order they are read.
 
 File formats, JSON lines: {"text": TEXT}, {"prompt": TEXT or MESSAGES}, {"messages": MESSAGES}, or preference
-pairs {"chosen", "rejected"} whose shared turns are the prompt; an optional "id" names a prompt. How long a
-prompt is in tokens is looked at elsewhere: it depends on the policy.
+pairs {"chosen", "rejected"} whose shared turns are the prompt and whose chosen answer is its reference answer. An
+optional "id" names a prompt, an optional "reference" is an answer to it. How long a prompt is in tokens is looked
+at elsewhere: it depends on the policy.
 """
 
 import random
@@ -42,13 +43,13 @@ def read_prompts(source: str, cache: Path, on_excluded: OnExcluded | None = None
         if prompt_id in lines:
             raise DataError(f"{place}: the id {prompt_id!r} is already that of line {lines[prompt_id]}; ids are unique")
         lines[prompt_id] = line
-        messages = _messages(record, place)
-        if not isinstance(messages, str):
-            prompts.append(Prompt(prompt_id, messages))
+        prompt = _prompt(record, prompt_id, place)
+        if isinstance(prompt, Prompt):
+            prompts.append(prompt)
         elif on_excluded is not None:
-            on_excluded(prompt_id, messages)
+            on_excluded(prompt_id, prompt)
         else:
-            raise DataError(f"{place}: the prompt {prompt_id} cannot be used: {messages}")
+            raise DataError(f"{place}: the prompt {prompt_id} cannot be used: {prompt}")
     if not prompts:
         raise DataError(f"{path}: holds no usable prompt; expected lines such as {{text}}, {{prompt}} or {{messages}}")
     return prompts
@@ -120,13 +121,22 @@ def _prompt_id(record: dict[str, Any], default: str, place: str) -> str:
     return str(value)
 
 
-def _messages(record: dict[str, Any], place: str) -> tuple[Message, ...] | str:
-    """The prompt's messages, or why a preference pair gives none. Raises DataError naming `place`."""
+def _prompt(record: dict[str, Any], prompt_id: str, place: str) -> Prompt | str:
+    """The prompt, or why a preference pair gives none. Raises DataError naming `place`."""
     if "chosen" in record and "rejected" in record:
         sides = shared_prompt(record, place)
         if isinstance(sides, str):
             return {"malformed": "malformed dialogue", "different_prompts": "two different prompts"}.get(sides, sides)
-        return sides[0] or "the pair has no prompt"
+        messages, chosen, _ = sides
+        return Prompt(prompt_id, messages, chosen) if messages else "the pair has no prompt"
+    reference = record.get("reference")
+    if reference is not None and (not isinstance(reference, str) or not reference.strip()):
+        raise DataError(f'{place}: "reference" must be a text that says something, found {reference!r}')
+    return Prompt(prompt_id, _messages(record, place), reference)
+
+
+def _messages(record: dict[str, Any], place: str) -> tuple[Message, ...]:
+    """The messages of a line that is no pair. Raises DataError naming `place`."""
     keys = [key for key in ("text", "prompt", "messages") if key in record]
     if len(keys) != 1:
         raise DataError(f"{place}: expected one of text, prompt, messages, found {', '.join(keys or record) or 'none'}")

@@ -24,20 +24,22 @@ def step_record(
     """The RS step's line. `scoring_server` is what `triton_metrics.difference` found, or its keys with None."""
     judged = _judged(judge, scored)
     chosen = [i for i, d in enumerate(decisions) if d.selected]
-    distinct = {(r.prompt_id, r.response) for r in scored}
-    tokens = sum(r.num_tokens for r in scored)
+    drawn = [i for i, r in enumerate(scored) if not r.is_reference]  # what the policy itself said
+    distinct = {(scored[i].prompt_id, scored[i].response) for i in drawn}
+    tokens = sum(scored[i].num_tokens for i in drawn)
     return {
         "kind": "step",
         "step": step,
-        "reward_mean": mean([r.reward for r in scored]),
+        "reward_mean": mean([scored[i].reward for i in drawn]),
         "selected_reward_mean": mean([scored[i].reward for i in chosen]),
-        "judge_mean": mean(judged),
+        "judge_mean": mean([judged[i] for i in drawn]),
         "selected_judge_mean": mean([judged[i] for i in chosen]),
-        "response_length_mean": tokens / len(scored),
-        "truncated_fraction": mean([r.finish_reason == "length" for r in scored]),
-        "duplicate_fraction": 1 - len(distinct) / len(scored),
-        "num_rollouts": len(scored),
+        "response_length_mean": tokens / len(drawn),
+        "truncated_fraction": mean([scored[i].finish_reason == "length" for i in drawn]),
+        "duplicate_fraction": 1 - len(distinct) / len(drawn),
+        "num_rollouts": len(drawn),
         "num_selected": len(chosen),
+        "num_selected_references": sum(scored[i].is_reference for i in chosen),
         "optimizer_steps": result.optimizer_steps,
         "response_tokens": result.response_tokens,
         "loss": result.loss,

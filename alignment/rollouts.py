@@ -33,11 +33,13 @@ def generate(
     sampling: "Sampling",
     batch_rows: int,
     stream: str,
+    with_references: bool = False,
 ) -> Iterator[list[Rollout]]:
     """Rollouts of a batch of prompts at a time, prompts of similar length together.
 
     `stream` names the randomness, e.g. "<seed>/step-7". Every prompt yields `samples_per_prompt` rollouts
-    with indices from 0, in one batch; at most `batch_rows` responses are decoded side by side.
+    with indices from 0, in one batch; at most `batch_rows` responses are decoded side by side. `with_references`
+    a prompt's reference answer follows them, cut at `max_new_tokens` like a sample.
     """
     import torch
 
@@ -71,7 +73,30 @@ def generate(
             )
             for i, samples in zip(chosen, drawn, strict=True)
             for k, one in enumerate(samples)
+        ] + [
+            _reference(policy, prompts[i], texts[i], encoded[i], samples_per_prompt, sampling.max_new_tokens)
+            for i in chosen
+            if with_references and prompts[i].reference is not None
         ]
+
+
+def _reference(
+    policy: "Policy", prompt: Prompt, text: str, prompt_ids: Sequence[int], rollout_index: int, max_new_tokens: int
+) -> Rollout:
+    """A prompt's reference answer as a rollout: it ends with the ending token where there is room for that."""
+    whole = [*policy.reader.tokenizer(prompt.reference, add_special_tokens=False)["input_ids"], policy.eos_ids[0]]
+    ids = whole[:max_new_tokens]
+    return Rollout(
+        prompt_id=prompt.prompt_id,
+        rollout_index=rollout_index,
+        response=policy.reader.decode(prompt_ids, ids),
+        finish_reason="stop" if len(ids) == len(whole) else "length",
+        prompt=text,
+        messages=prompt.messages,
+        prompt_ids=tuple(prompt_ids),
+        response_ids=tuple(ids),
+        is_reference=True,
+    )
 
 
 def in_prompt_order(rollouts: Sequence[AnyRollout], prompts: Sequence[Prompt]) -> list[AnyRollout]:

@@ -137,10 +137,12 @@ def _scored_share(
         sampling=training_sampling(config),
         batch_rows=config.rollouts.batch_rows,
         stream=f"{config.seed}/step-{step}",
+        with_references=config.rollouts.references == "join",
     ):
         session.stop.check()
         pending.append(_score(session, batch, stored))
-        done, tokens = done + len(batch), tokens + sum(r.num_tokens for r in batch)
+        drawn = [r for r in batch if not r.is_reference]
+        done, tokens = done + len(drawn), tokens + sum(r.num_tokens for r in drawn)
         total = len(mine) * config.rollouts.num_rollouts_per_prompt
         session.emit(
             {"kind": "phase", "step": step, "phase": "rollouts", "done": done, "total": total, "tokens": tokens}

@@ -24,10 +24,14 @@ Conversation = Sequence[Message]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A conversation that waits for the policy's answer. A plain text is one message of the user."""
+    """A conversation that waits for the policy's answer. A plain text is one message of the user.
+
+    `reference` is an answer that somebody wrote, which may join the policy's own; None where there is none.
+    """
 
     prompt_id: str
     messages: tuple[Message, ...]
+    reference: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,8 @@ class Rollout:
     """One sampled response to a prompt.
 
     `response_ids` ends with the ending token when `finish_reason` is "stop"; `prompt` is the text that the
-    policy read, `messages` the conversation that the reward model will see before the response.
+    policy read, `messages` the conversation that the reward model will see before the response. A prompt's reference
+    answer is one too, with the index after the last sample's.
     """
 
     prompt_id: str
@@ -71,6 +76,7 @@ class Rollout:
     messages: tuple[Message, ...] = ()
     prompt_ids: tuple[int, ...] = ()
     response_ids: tuple[int, ...] = ()
+    is_reference: bool = False
 
     @property
     def num_tokens(self) -> int:

@@ -154,6 +154,11 @@ def num_selected(config: Config) -> int:
     return sum(column("selected")(config))
 
 
+def responses_at(index: int) -> Any:
+    """The different responses with this rollout index."""
+    return lambda config: {row["response"] for row in iteration(config).rows if row["rollout_index"] == index}
+
+
 def cut_and_selected(config: Config) -> int:
     return sum(row["selected"] and row["finish_reason"] == "length" for row in iteration(config).rows)
 

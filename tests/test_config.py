@@ -204,6 +204,9 @@ EFFECTS = {
     "rollouts.temperature": Effect(1e-6, see.distinct_responses, 1),
     "rollouts.top_k": Effect(1, see.distinct_responses, 1),
     "rollouts.top_p": Effect(1e-6, see.distinct_responses, 1),
+    "rollouts.references": Effect(
+        "join", see.responses_at(4), {"a reference"}, ("prompts.train={root}/answered.jsonl",)
+    ),
     "rollouts.batch_rows": Effect(4, see.rows_per_batch, 4),
     "selection.strategy": Effect("random_per_prompt", see.column("reason")),
     "selection.top_n_rollouts": Effect(2, see.num_selected, 8),
@@ -318,6 +321,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
     (root / "earlier").symlink_to(earlier)
     see.exported(effect_config(root, "reward_training.lr=1e-4"))
     (root / "prompts.jsonl").write_text("".join(json.dumps({"text": f"question {i}"}) + "\n" for i in range(30)))
+    answered = [{"text": f"question {i}", "reference": "a reference"} for i in range(30)]
+    (root / "answered.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in answered))
     swapped = [{"prompt": "", "chosen": p.rejected, "rejected": p.chosen} for p in toy_pairs("toy:held_out_pairs")[:32]]
     (root / "swapped.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in swapped))
     margins = [{**pair, "margin": 1 + i % 3} for i, pair in enumerate(swapped)]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -71,6 +72,7 @@ def test_each_format_gives_the_same_messages(tmp_path: Path, name: str) -> None:
                 {"role": "assistant", "content": "b"},
                 {"role": "user", "content": "c"},
             ),
+            reference="d",
         ),
     ]
 
@@ -127,7 +129,7 @@ def test_a_pair_without_a_shared_prompt_is_reported_or_refused(tmp_path: Path) -
     )
     excluded: list[tuple[str, str]] = []
     prompts = read_prompts(source, tmp_path, lambda prompt_id, reason: excluded.append((prompt_id, reason)))
-    assert prompts == [prompt("hh:1", "a")]
+    assert prompts == [replace(prompt("hh:1", "a"), reference="b")]
     assert excluded == [("hh:2", "two different prompts"), ("hh:3", "malformed dialogue")]
     with pytest.raises(DataError, match=r"hh\.jsonl:2: the prompt hh:2 cannot be used: two different prompts"):
         read_prompts(source, tmp_path)
