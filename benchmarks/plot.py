@@ -1,4 +1,4 @@
-"""A line chart as one SVG file, drawn without a plotting library; its x axis is logarithmic to base 2."""
+"""A line chart as one SVG file, drawn without a plotting library."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,31 +6,32 @@ from html import escape
 
 WIDTH, HEIGHT = 640, 400
 LEFT, RIGHT, TOP, BOTTOM = 64, 150, 40, 56
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00")
 """Distinct also to colour-blind readers (Okabe and Ito)."""
 
 Points = Sequence[tuple[float, float]]
 
 
-def line_chart(title: str, x_label: str, y_label: str, lines: Mapping[str, Points]) -> str:
-    """The chart's SVG text. Every x must be positive, every y at least 0; the y axis begins at 0."""
+def line_chart(
+    title: str, x_label: str, y_label: str, lines: Mapping[str, Points], *, logarithmic: bool = True, bottom: float = 0
+) -> str:
+    """The chart's SVG text. A `logarithmic` x axis (to base 2) takes positive x; the y axis begins at `bottom`."""
     xs = sorted({x for points in lines.values() for x, _ in points})
-    top = max(y for points in lines.values() for _, y in points)
-    step = _round_step(top / 5)
-    ticks = [step * k for k in range(math.ceil(top / step) + 1)]
+    ticks = _ticks(bottom, max(y for points in lines.values() for _, y in points))
+    x_ticks = xs if logarithmic else _ticks(0, xs[-1])
 
     def place_x(x: float) -> float:
-        span = math.log2(xs[-1] / xs[0]) or 1.0
-        return LEFT + (WIDTH - LEFT - RIGHT) * math.log2(x / xs[0]) / span
+        span = (math.log2(xs[-1] / xs[0]) or 1.0) if logarithmic else x_ticks[-1]
+        return LEFT + (WIDTH - LEFT - RIGHT) * (math.log2(x / xs[0]) if logarithmic else x) / span
 
     def place_y(y: float) -> float:
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * y / ticks[-1]
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - bottom) / (ticks[-1] - bottom)
 
     parts = [_text(WIDTH / 2, 22, title, "middle", 15)]
     for y in ticks:
         parts.append(f'<path d="M{LEFT} {place_y(y):.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
         parts.append(_text(LEFT - 8, place_y(y) + 4, f"{y:g}", "end"))
-    parts += [_text(place_x(x), HEIGHT - BOTTOM + 18, f"{x:g}", "middle") for x in xs]
+    parts += [_text(place_x(x), HEIGHT - BOTTOM + 18, f"{x:g}", "middle") for x in x_ticks]
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 14, x_label, "middle"))
     parts.append(f'<g transform="rotate(-90 16 {HEIGHT / 2})">{_text(16, HEIGHT / 2, y_label, "middle")}</g>')
     for number, (name, points) in enumerate(lines.items()):
@@ -54,6 +55,12 @@ def _text(x: float, y: float, text: str, anchor: str, size: int = 12, colour: st
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{colour}">{escape(text)}</text>'
     )
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """About six round values from `low` to `high` or just above."""
+    step = _round_step((high - low) / 5)
+    return [round(low + step * k, 10) for k in range(math.ceil((high - low) / step - 1e-9) + 1)]
 
 
 def _round_step(rough: float) -> float:
