@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignment.errors import ConfigError, DataError, ModelError
-from alignment.types import Prompt
+from alignment.types import Conversation, Prompt
 from models.quiet import quiet_transformers
 
 PromptFormat = Literal["text", "chat"]
@@ -28,17 +28,27 @@ class PromptReader:
     def text(self, prompt: Prompt) -> str:
         """The prompt as the policy reads it. Raises DataError for one that its format cannot express."""
         if self.prompt_format == "chat":
-            messages = [{"role": m["role"], "content": m["content"]} for m in prompt.messages]
-            try:
-                return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-            except (TemplateError, TypeError, ValueError) as error:  # templates refuse roles and orders of their own
-                raise DataError(f"prompt {prompt.prompt_id}: the policy's chat template refuses it: {error}") from error
+            return self.render(prompt.messages, f"prompt {prompt.prompt_id}", generation_prompt=True)
         if len(prompt.messages) != 1:
             raise DataError(
                 f"prompt {prompt.prompt_id} has {len(prompt.messages)} messages, but policy.prompt_format (text) "
                 "continues a single text: set policy.prompt_format=chat"
             )
         return prompt.messages[0]["content"]
+
+    def render(self, messages: Conversation, what: str, *, generation_prompt: bool) -> str:
+        """Messages as the chat template lays them out. Raises DataError naming `what` they are."""
+        turns = [{"role": m["role"], "content": m["content"]} for m in messages]
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt)
+            )
+        except (TemplateError, TypeError, ValueError) as error:  # templates refuse roles and orders of their own
+            raise DataError(f"{what}: the policy's chat template refuses it: {error}") from error
+
+    def encode_more(self, text: str) -> list[int]:
+        """Token ids of a text that goes on from another: no special tokens are put before it."""
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a rendered prompt; a chat template brings its own special tokens."""
