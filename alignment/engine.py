@@ -9,6 +9,7 @@ communication op, which it would otherwise build at the first use of gloo, is de
 """
 
 import atexit
+import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -99,6 +100,14 @@ def build_engine(module: nn.Module, section: OptimizerSection, *, zero_stage: in
     }
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
+
+
+def begin_step(engine: Any, *, lr: float, stream: str) -> None:
+    """Training mode, the rate of the step, and dropout's randomness, which `stream` names: it has no state to save."""
+    torch.manual_seed(int.from_bytes(hashlib.sha256(stream.encode()).digest()[:8], "big"))
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    engine.train()
 
 
 def optimizer_step(

@@ -59,14 +59,14 @@ def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
 
 
 def sequence_batch(
-    sequences: Sequence[TokenSequence], *, row_tokens: int | None, pad_id: int, device: torch.device | str = "cpu"
+    sequences: Sequence[TokenSequence], *, row_tokens: int | None, device: torch.device | str = "cpu"
 ) -> SequenceBatch:
     """Sequences as a batch: one a row, or packed into rows of at most `row_tokens` tokens."""
     packed = pack([len(s.ids) for s in sequences], row_tokens) if row_tokens else [[i] for i in range(len(sequences))]
     rows = [[sequences[i] for i in row] for row in packed]
     width = max(sum(len(s.ids) for s in row) for row in rows)
     shape = (len(rows), width)
-    ids = torch.full(shape, pad_id)
+    ids = torch.zeros(shape, dtype=torch.long)  # of padding any token will do: nothing looks at it
     positions = torch.arange(width).repeat(len(rows), 1)
     targets, learned = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
     for i, row in enumerate(rows):

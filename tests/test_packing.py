@@ -18,7 +18,7 @@ from transformers import (
 from alignment.errors import ConfigError
 from alignment.types import TokenSequence
 from models.packing import check_packing, pack, sequence_batch, sequence_logits, sequence_loss_sum
-from tiny import EOS, VOCABULARY, random_rows, tiny_llama
+from tiny import VOCABULARY, random_rows, tiny_llama
 
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -62,7 +62,7 @@ def test_packed_padded_and_single_losses_are_those_by_hand(model):
         expected = sum(loss_by_hand(model, s) for s in sequences())
         tokens = sum(s.num_learned for s in sequences())
         for row_tokens in (None, 12, 16, 34):
-            batch = sequence_batch(sequences(), row_tokens=row_tokens, pad_id=EOS)
+            batch = sequence_batch(sequences(), row_tokens=row_tokens)
             assert int(batch.learned.sum()) == tokens
             assert float(sequence_loss_sum(model, batch)) / tokens == pytest.approx(expected / tokens, abs=1e-5)
 
@@ -72,7 +72,7 @@ def test_gradients_are_equal_packed_and_padded(model):
     gradients = []
     for row_tokens in (None, 40):
         model.zero_grad()
-        sequence_loss_sum(model, sequence_batch(sequences(), row_tokens=row_tokens, pad_id=EOS)).backward()
+        sequence_loss_sum(model, sequence_batch(sequences(), row_tokens=row_tokens)).backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     for padded, packed in zip(*gradients, strict=True):
         torch.testing.assert_close(padded, packed, atol=1e-4, rtol=1e-4)
@@ -83,10 +83,8 @@ def test_nothing_leaks_from_one_sequence_to_another(model):
     first, second = sequences((6, 5))
     changed = TokenSequence(tuple((i + 1) % VOCABULARY for i in first.ids), first.learned)
     with torch.no_grad():
-        one, other = (
-            sequence_logits(model, sequence_batch([s, second], row_tokens=11, pad_id=EOS)) for s in (first, changed)
-        )
-    columns = sequence_batch([first, second], row_tokens=11, pad_id=EOS).columns >= 6
+        one, other = (sequence_logits(model, sequence_batch([s, second], row_tokens=11)) for s in (first, changed))
+    columns = sequence_batch([first, second], row_tokens=11).columns >= 6
     assert torch.equal(one[:, columns], other[:, columns])
     assert not torch.equal(one, other)
 
@@ -95,14 +93,14 @@ def test_the_layout_by_hand():
     a = TokenSequence((10, 11, 12), (False, True, True))
     b = TokenSequence((20, 21), (False, True))
     c = TokenSequence((30, 31, 32, 33), (False, False, False, True))
-    batch = sequence_batch([a, b, c], row_tokens=5, pad_id=9)  # the longest first, then what fits beside it
-    assert batch.input_ids.tolist() == [[30, 31, 32, 33, 9], [10, 11, 12, 20, 21]]
+    batch = sequence_batch([a, b, c], row_tokens=5)  # the longest first, then what fits beside it
+    assert batch.input_ids.tolist() == [[30, 31, 32, 33, 0], [10, 11, 12, 20, 21]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 0, 1]]
     assert batch.columns.tolist() == [0, 1, 2, 3]
     assert batch.targets[batch.learned].tolist() == [33, 11, 12, 21]
     assert batch.learned.int().tolist() == [[0, 0, 1, 0], [1, 1, 0, 1]]
-    padded = sequence_batch([b, a], row_tokens=None, pad_id=9)
-    assert padded.input_ids.tolist() == [[20, 21, 9], [10, 11, 12]]
+    padded = sequence_batch([b, a], row_tokens=None)
+    assert padded.input_ids.tolist() == [[20, 21, 0], [10, 11, 12]]
     assert padded.position_ids is None
     assert (padded.columns.tolist(), padded.targets[padded.learned].tolist()) == ([0, 1], [21, 11, 12])
 
@@ -134,7 +132,7 @@ def test_models_that_do_not_are_refused():
     for model in (OPTForCausalLM(opt), BloomForCausalLM(bloom)):
         with pytest.raises(ConfigError, match=r"sft\.packing \(rows\): .* set sft\.packing=none"):
             check_packing(model.eval(), vocabulary=VOCABULARY)
-        batch = sequence_batch(sequences(), row_tokens=None, pad_id=EOS)  # they may train padded
+        batch = sequence_batch(sequences(), row_tokens=None)  # they may train padded
         with torch.no_grad():
             expected = sum(loss_by_hand(model, s) for s in sequences())
             assert float(sequence_loss_sum(model, batch)) == pytest.approx(expected, rel=1e-5)
