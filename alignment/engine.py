@@ -99,6 +99,10 @@ def build_engine(module: nn.Module, section: OptimizerSection, *, zero_stage: in
         "steps_per_print": 2**31,
     }
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
+    # In bf16 without ZeRO, DeepSpeed makes the moments by a step on zeros: counted, it would halve the first update.
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].zero_()
     return engine
 
 

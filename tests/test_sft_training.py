@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import sft_ranks
-from alignment.sft_training import balanced
+from alignment.config_sections import SftSection
+from alignment.engine import optimizer_tensors, start_ranks
+from alignment.sft_data import SftData
+from alignment.sft_training import balanced, build_trainer, train_step
 from alignment.types import TokenSequence
 from reward_runs import in_this_process
 from sft_ranks import sequences
@@ -71,6 +74,30 @@ def test_gradient_and_loss_are_those_of_plain_torch(tmp_path, ranks, zero_stage,
     assert step["grad_norm"] == pytest.approx(norm, rel=1e-3)
     assert (step["examples"], step["tokens"]) == (5, sum(sft_ranks.LENGTHS))
     assert step["learned_tokens"] == sum(s.num_learned for s in sequences())
+
+
+def test_the_first_step_in_bfloat16_is_adamws_first():
+    """|Δw| = lr wherever there is a gradient: the moments' corrections cancel in step 1, and in no other."""
+
+    def run():
+        ranks = start_ranks(threads=1, gpu=False)
+        for zero_stage in (0, 1):
+            section = SftSection(
+                lr=1e-3, weight_decay=0, zero_stage=zero_stage, micro_batch_size=8, lr_schedule="constant"
+            )
+            model = tiny_llama().to(torch.bfloat16)
+            trainer = build_trainer(model, section, ranks, SftData((sequences(),), (1.0,), None), seed=0)
+            before = masters(trainer)
+            train_step(trainer, 1)
+            change = torch.cat([(a - b).abs() for a, b in zip(masters(trainer), before, strict=True)])
+            assert (change > 0).float().mean() > 0.8
+            torch.testing.assert_close(change[change > 0].median(), torch.tensor(1e-3), rtol=0.01, atol=0)
+
+    def masters(trainer):
+        tensors = optimizer_tensors(trainer.engine)
+        return [tensor.flatten().clone() for name, tensor in tensors.items() if name.endswith(".master")]
+
+    in_this_process(run)
 
 
 @given(
