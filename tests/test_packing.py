@@ -9,6 +9,8 @@ from transformers import (
     BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
@@ -129,7 +131,8 @@ def test_models_that_do_not_are_refused():
     bloom = BloomConfig(
         vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3
     )  # knows distances only
-    for model in (OPTForCausalLM(opt), BloomForCausalLM(bloom)):
+    mamba = MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, initializer_range=0.3)
+    for model in (OPTForCausalLM(opt), BloomForCausalLM(bloom), MambaForCausalLM(mamba)):
         with pytest.raises(ConfigError, match=r"sft\.packing \(rows\): .* set sft\.packing=none"):
             check_packing(model.eval(), vocabulary=VOCABULARY)
         batch = sequence_batch(sequences(), row_tokens=None)  # they may train padded

@@ -1,6 +1,10 @@
 """Demonstrations as tokens: what the loss counts, and that prompts read as they do when the policy is sampled."""
 
+import re
+from pathlib import Path
+
 import pytest
+import yaml
 from transformers import AutoTokenizer
 
 from alignment.demonstrations import read_demonstrations
@@ -10,10 +14,9 @@ from alignment.types import Demonstration, Prompt
 from models.policy import PromptReader, load_reader
 from models.sequences import encode_demonstration
 
-TRANSCRIPT = (
-    "{% for m in messages %}{{ '\\n\\nHuman: ' if m.role == 'user' else '\\n\\nAssistant: ' }}{{ m.content }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
-)
+ROOT = Path(__file__).resolve().parent.parent
+TRANSCRIPT = yaml.safe_load(re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "sft.md").read_text(), re.DOTALL)[1])
+"""The template that the documentation offers."""
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,7 @@ def test_what_stands_before_the_answer_is_the_prompt_of_rollouts(folder):
 
 
 def test_a_template_without_ending_tokens_gets_one_behind_the_last_answer(folder):
-    reader = with_template(folder, TRANSCRIPT)
+    reader = with_template(folder, TRANSCRIPT["sft"]["chat_template"])
     sequence = encode_demonstration(reader, chat("a", "b", "c", "d"), (1,))
     assert shown(reader, sequence) == "\n\nHuman: a\n\nAssistant:[ b]\n\nHuman: c\n\nAssistant:[ d<|eos|>]"
 
