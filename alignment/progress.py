@@ -156,8 +156,10 @@ class FitLines:
 
     def _step(self, event: Mapping[str, Any]) -> None:
         now, step, steps = self._clock(), event["step"], event["steps"]
-        if self._first is None:  # what came before it were imports and loading
+        line = f"{self._title}: {_bar(step, steps)} step {step}/{steps} | loss {event['loss']:.3f}"
+        if self._first is None:  # imports and loading came before it, so that there is no rate yet
             self._begun, self._said, self._first = now, now, step
+            self._on_line(line)
             return
         unit = "tokens" if "tokens" in event else "examples"
         self._done += event[unit]
@@ -166,10 +168,7 @@ class FitLines:
         self._said = now
         seconds = max(now - self._begun, 1e-6)
         left = (steps - step) * seconds / (step - self._first)
-        self._on_line(
-            f"{self._title}: {_bar(step, steps)} step {step}/{steps} | loss {event['loss']:.3f} | "
-            f"{self._done / seconds:.1f} {unit}/s | {duration(left)} left"
-        )
+        self._on_line(f"{line} | {self._done / seconds:.1f} {unit}/s | {duration(left)} left")
 
 
 def _bar(done: int, total: int) -> str:

@@ -1,4 +1,4 @@
-"""Training a reward model on all ranks: optimizer steps, validations, see alignment.fitting for their course.
+"""Training a reward model on all ranks: optimizer steps and validations; see alignment.fitting for their course.
 
 Like the policy's training it has no state but the weights and AdamW's moments: the order of examples is a permutation
 given by (seed, epoch), the learning rate a function of the step, dropout's stream named by seed, step and rank. So a
