@@ -27,6 +27,7 @@ from alignment.config_sections import (
     RunSection,
     Section,
     SelectionSection,
+    SftSection,
     TrainingSection,
     ValidationSection,
     WandbSection,
@@ -47,6 +48,7 @@ class Config(Section):
     selection: SelectionSection = SelectionSection()
     reward: RewardSection = RewardSection()
     reward_training: RewardTrainingSection = RewardTrainingSection()
+    sft: SftSection = SftSection()
     judge: JudgeSection = JudgeSection()
     training: TrainingSection = TrainingSection()
     loop: LoopSection = LoopSection()
@@ -111,13 +113,27 @@ class Config(Section):
                 f"rollouts.batch_rows ({roll.batch_rows}) must be >= rollouts.num_rollouts_per_prompt "
                 f"({roll.num_rollouts_per_prompt}): the responses of a prompt are decoded side by side"
             )
-        for name, section in (("training", train), ("reward_training", self.reward_training)):
+        for name, section in (("training", train), ("reward_training", self.reward_training), ("sft", self.sft)):
             if section.min_lr > section.lr:
                 raise ValueError(f"{name}.min_lr ({section.min_lr}) must be <= {name}.lr ({section.lr})")
         self._check_reward_training()
+        self._check_sft()
         if self.reward.url is not None and not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^/:\s]+):\d+", self.reward.url):
             raise ValueError(f"reward.url ({self.reward.url}) must be host:port of Triton's gRPC endpoint")
         return self
+
+    def _check_sft(self) -> None:
+        own = self.sft
+        if own.validation and own.validation_share:
+            raise ValueError(
+                f"sft.validation ({own.validation}) and sft.validation_share ({own.validation_share}) both choose the "
+                "checkpoint: set one of them"
+            )
+        if own.chat_template is not None and self.policy.prompt_format == "text":
+            raise ValueError(
+                "sft.chat_template is given, and policy.prompt_format is text, which reads none: set "
+                "policy.prompt_format=chat"
+            )
 
     def _check_reward_training(self) -> None:
         own = self.reward_training

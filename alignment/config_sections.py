@@ -30,9 +30,15 @@ def _clock_text(value: Any) -> Any:
     return value
 
 
+def _one_source(value: Any) -> Any:
+    """A source by itself is a mixture of one."""
+    return {value: 1.0} if isinstance(value, str) else value
+
+
 Number = Annotated[float, BeforeValidator(_exact_float)]
 Version = Annotated[str, BeforeValidator(_version_text)]
 Clock = Annotated[str, BeforeValidator(_clock_text), Field(pattern=r"^\d+:[0-5]?\d:[0-5]?\d:[0-5]?\d$")]
+Mixture = Annotated[dict[str, Annotated[Number, Field(gt=0)]], BeforeValidator(_one_source), Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -147,7 +153,7 @@ class RewardSection(Section):
 
 
 class OptimizerSection(Section):
-    """What every training has; a step is an RS step of the policy, an optimizer step of the reward model."""
+    """What every training has; a step is an RS step of the policy, an optimizer step elsewhere."""
 
     lr: Number = Field(2e-5, gt=0)
     """Peak learning rate."""
@@ -166,7 +172,7 @@ class OptimizerSection(Section):
     gradient_clip: Number = Field(1.0, gt=0)
     """Largest global gradient norm."""
     global_batch_size: int = Field(8, ge=1)
-    """Examples per optimizer step, over all workers: selected responses, preference pairs or rated answers."""
+    """Examples per optimizer step, over all workers: responses, demonstrations, preference pairs or rated answers."""
     micro_batch_size: int = Field(8, ge=1)
     """Examples per forward and backward pass on one worker."""
 
@@ -216,6 +222,45 @@ class RewardTrainingSection(OptimizerSection):
     """Examples per optimizer step, over all workers."""
     micro_batch_size: int = Field(32, ge=1)
     """Examples per forward and backward pass on one worker."""
+
+
+class SftSection(OptimizerSection):
+    train: Mixture = {"imdb:demonstrations": 1.0}
+    """Demonstrations to learn from: one source, or several with weights, their shares of the examples read."""
+    num_train: int | None = Field(None, ge=1)
+    """Examples read from each source of `train`, in its order; null reads all."""
+    validation: str | None = None
+    """Demonstrations whose loss chooses the checkpoint."""
+    validation_share: Number = Field(0.0, ge=0, lt=1)
+    """Share of the prompts of `train` set aside to choose the checkpoint instead; without either it is the last."""
+    num_validation: int = Field(256, ge=1)
+    """Examples read from `validation`, in its order."""
+    turns: Literal["all", "last"] = "all"
+    """The assistant's turns that the loss counts in a conversation; NeMo's mask takes out more."""
+    chat_template: str | None = None
+    """Jinja template that takes the place of the tokenizer's own and stays with the result; null keeps its own."""
+    max_tokens: int = Field(512, ge=2)
+    """Longest example in tokens, and length of a packed row; longer examples are left out and listed."""
+    packing: Literal["none", "rows"] = "none"
+    """`rows` lays a micro-batch's examples end to end, apart from each other, instead of padding each; same loss."""
+    epochs: int = Field(1, ge=1)
+    """Passes over as many examples as the sources of `train` hold together."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps after which training ends, if before `epochs`; null for no bound."""
+    val_check_interval: int = Field(50, ge=1)
+    """Optimizer steps between validations, each with a checkpoint."""
+    keep_best: int = Field(1, ge=1)
+    """Best checkpoints by validation loss kept, besides the newest."""
+    lora_rank: int = Field(0, ge=0)
+    """Rank of LoRA adapters on all linear layers, merged in the result; 0 trains all weights."""
+    lora_alpha: int = Field(16, ge=1)
+    """LoRA's scale: adapters are multiplied by alpha / rank."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage; 3 shards the weights over the workers."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Course of the learning rate over the optimizer steps."""
+    global_batch_size: int = Field(32, ge=1)
+    """Examples per optimizer step, over all workers."""
 
 
 class JudgeSection(Section):

@@ -9,6 +9,7 @@ communication op, which it would otherwise build at the first use of gloo, is de
 """
 
 import atexit
+import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -98,7 +99,19 @@ def build_engine(module: nn.Module, section: OptimizerSection, *, zero_stage: in
         "steps_per_print": 2**31,
     }
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
+    # In bf16 without ZeRO, DeepSpeed makes the moments by a step on zeros: counted, it would halve the first update.
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].zero_()
     return engine
+
+
+def begin_step(engine: Any, *, lr: float, stream: str) -> None:
+    """Training mode, the rate of the step, and dropout's randomness, which `stream` names: it has no state to save."""
+    torch.manual_seed(int.from_bytes(hashlib.sha256(stream.encode()).digest()[:8], "big"))
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    engine.train()
 
 
 def optimizer_step(

@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +38,28 @@ def local_copy(uri: str, cache: Path) -> Path:
     raise DataError(f"{uri}: unknown scheme {scheme}://; use a path, s3://bucket/key or hf://datasets/OWNER/NAME/PATH")
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(
+    path: Path, on_bad_line: Callable[[int, DataError], None] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number (from 1) and object of each line of a .jsonl or .jsonl.gz file; blank lines are passed over.
 
-    Raises DataError "file:line: …" for a line that is not a JSON object in UTF-8, or a damaged gzip stream.
+    Raises DataError "file:line: …" for a line that is not a JSON object in UTF-8, unless `on_bad_line` takes it, and
+    for a damaged gzip stream.
     """
     line_number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as lines:
             for line_number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield line_number, _parse_line(line, f"{path}:{line_number}")
+                if not line.strip():
+                    continue
+                try:
+                    record = _parse_line(line, f"{path}:{line_number}")
+                except DataError as error:
+                    if on_bad_line is None:
+                        raise
+                    on_bad_line(line_number, error)
+                    continue
+                yield line_number, record
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(
             f"{path}:{line_number + 1}: the gzip stream is damaged or cut off ({error}); copy the file again"

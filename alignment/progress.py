@@ -16,6 +16,8 @@ from typing import Any, TextIO
 
 QUIET_SECONDS = 10.0
 """Shortest time between two lines about a step that is not finished."""
+FIT_SECONDS = 5.0
+"""Shortest time between two lines about the steps of a training."""
 BAR = 10
 """Characters of the bar."""
 
@@ -71,8 +73,7 @@ def render_line(state: ProgressState) -> str:
     What is not known yet is left out. The time left, to the last RS step, is the median duration of the finished
     steps times the steps to go.
     """
-    filled = BAR * state.finished_steps // state.total_steps
-    parts = [f"[{'#' * filled}{'.' * (BAR - filled)}] step {state.step}/{state.total_steps}"]
+    parts = [f"{_bar(state.finished_steps, state.total_steps)} step {state.step}/{state.total_steps}"]
     if state.phase:
         parts.append(f"{state.phase} {state.done}/{state.total}" if state.total else state.phase)
     if state.reward is not None:
@@ -127,3 +128,49 @@ class ProgressLines:
     def _print(self, text: str) -> None:
         self._stream.write("".join(c if c.isprintable() else " " for c in text) + "\n")
         self._stream.flush()
+
+
+class FitLines:
+    """Lines about a training (see `alignment.fitting`): at most one every few seconds, with rate and time left.
+
+    `events` opens the kinds of its events, `title` each line.
+    """
+
+    def __init__(
+        self, on_line: Callable[[str], None], events: str, title: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._on_line, self._events, self._title, self._clock = on_line, events, title, clock
+        self._begun = self._said = clock()
+        self._first: int | None = None
+        self._done = 0
+
+    def update(self, event: Mapping[str, Any]) -> None:
+        """Take a worker's event."""
+        if event["kind"] == "note":
+            self._on_line(f"{self._title}: {event['text']}")
+        elif event["kind"] == f"{self._events}_validation":
+            accuracy = f", accuracy {event['accuracy']:.3f}" if event.get("accuracy") is not None else ""
+            self._on_line(f"{self._title}: validation after step {event['step']}: loss {event['loss']:.3f}{accuracy}")
+        elif event["kind"] == f"{self._events}_step":
+            self._step(event)
+
+    def _step(self, event: Mapping[str, Any]) -> None:
+        now, step, steps = self._clock(), event["step"], event["steps"]
+        line = f"{self._title}: {_bar(step, steps)} step {step}/{steps} | loss {event['loss']:.3f}"
+        if self._first is None:  # imports and loading came before it, so that there is no rate yet
+            self._begun, self._said, self._first = now, now, step
+            self._on_line(line)
+            return
+        unit = "tokens" if "tokens" in event else "examples"
+        self._done += event[unit]
+        if now - self._said < FIT_SECONDS and step < steps:
+            return
+        self._said = now
+        seconds = max(now - self._begun, 1e-6)
+        left = (steps - step) * seconds / (step - self._first)
+        self._on_line(f"{line} | {self._done / seconds:.1f} {unit}/s | {duration(left)} left")
+
+
+def _bar(done: int, total: int) -> str:
+    filled = BAR * done // total
+    return f"[{'#' * filled}{'.' * (BAR - filled)}]"

@@ -6,7 +6,7 @@ for all, so that no review serves two purposes:
 
     imdb:pairs             12,000 reviews   trains the reward model
     imdb:held_out_pairs     2,000 reviews   measures the reward model and the judge
-    imdb:prompts            8,000 reviews   training prompts
+    imdb:prompts            8,000 reviews   training prompts; imdb:demonstrations are the same, each with what follows
     imdb:held_out_prompts   2,888 reviews   validation and evaluation prompts
     rotten_tomatoes:pairs   8,530 sentences trains the judge, and nothing else
 
@@ -37,6 +37,7 @@ SPLIT_SEED = 20_011
 """Fixed: a run's seed must never move a review from one part to another."""
 
 PROMPT_NAMES = ("imdb:prompts", "imdb:held_out_prompts")
+DEMONSTRATIONS = "imdb:demonstrations"
 PAIR_NAMES = ("imdb:pairs", "imdb:held_out_pairs", "rotten_tomatoes:pairs")
 
 _T = TypeVar("_T")
@@ -71,6 +72,23 @@ def review_prompts(name: str) -> list[Prompt]:
                 taken.add(text)
                 prompts[part].append(Prompt(f"imdb-{review.row}", ({"role": "user", "content": text},)))
     return prompts[name]
+
+
+def review_demonstrations(name: str) -> list[tuple[str, str]]:
+    """The prompts of `imdb:demonstrations`, which are those of `imdb:prompts`, each with the review's next words.
+
+    As many words as make a window of WINDOW_WORDS; a review that ends with its prompt is left out. Raises DataError
+    for another name or a missing package.
+    """
+    if name != DEMONSTRATIONS:
+        raise DataError(f"{name}: no built-in demonstrations of that name; known: {DEMONSTRATIONS}")
+    texts = {f"imdb-{review.row}": review.text for review in _imdb_parts()["imdb:prompts"]}
+    pairs = []
+    for prompt in review_prompts("imdb:prompts"):
+        words = texts[prompt.prompt_id].split()[PROMPT_WORDS:WINDOW_WORDS]
+        if words:
+            pairs.append((prompt.messages[0]["content"], " " + " ".join(words)))
+    return pairs
 
 
 def review_pairs(name: str) -> list[PreferencePair]:

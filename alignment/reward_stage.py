@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from alignment.embedded import reward_model_folder
 from alignment.errors import AlignmentError, StoppedError
 from alignment.launch import SOURCE_ROOT, run_workers
 from alignment.preparation import cache_folder
+from alignment.progress import FitLines
 from alignment.reward_data import TEST, RewardData, read_reward_data
 from alignment.run_folder import RunFolder
 from alignment.task import ends_at, reward_client
@@ -97,7 +97,7 @@ def train(config: Config, folder: RunFolder, on_note: Note) -> None:
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.config.write_text(config.model_dump_json(indent=2))
     stopped: list[str] = []
-    progress = RewardProgress(on_note, config.reward_training.global_batch_size)
+    progress = FitLines(on_note, "reward", "reward model")
 
     def on_event(event: dict[str, Any]) -> None:
         if event["kind"] == "stopped":
@@ -117,36 +117,6 @@ def train(config: Config, folder: RunFolder, on_note: Note) -> None:
             f"the reward model's training stopped: {stopped[0]}. The same command, or `resume`, goes on from its last "
             f"checkpoint in {folder.path}"
         )
-
-
-class RewardProgress:
-    """Lines about a training: at most one every few seconds, with rate and time left."""
-
-    def __init__(self, on_note: Note, batch_size: int, interval_s: float = 5.0) -> None:
-        self._note, self._batch_size, self._interval_s = on_note, batch_size, interval_s
-        self._begun = self._said = time.monotonic()
-        self._first: int | None = None
-
-    def update(self, event: dict[str, Any]) -> None:
-        """Take a worker's event."""
-        now = time.monotonic()
-        if event["kind"] == "note":
-            self._note(f"reward model: {event['text']}")
-        elif event["kind"] == "reward_validation":
-            accuracy = "" if event["accuracy"] is None else f", accuracy {event['accuracy']:.3f}"
-            self._note(f"reward model: validation after step {event['step']}: loss {event['loss']:.3f}{accuracy}")
-        elif event["kind"] == "reward_step":
-            if self._first is None:
-                self._begun, self._said, self._first = now, now, event["step"]
-                return
-            if now - self._said >= self._interval_s or event["step"] == event["steps"]:
-                self._said = now
-                rate = (event["step"] - self._first) / max(now - self._begun, 1e-6)
-                left = (event["steps"] - event["step"]) / rate
-                self._note(
-                    f"reward model: step {event['step']}/{event['steps']} | loss {event['loss']:.3f} | "
-                    f"{rate * self._batch_size:.1f} examples/s | {left:.0f} s left"
-                )
 
 
 def _measure_and_export(
@@ -202,7 +172,8 @@ def _measure_and_export(
 
 def _trained_model(config: Config, folder: RunFolder, *, has_trained: bool) -> tuple[Any, Any, int]:
     """The plain model of the best checkpoint by validation, else of the last one; its tokenizer; its step."""
-    from alignment.reward_worker import read_weights, trainable_model, validation_losses
+    from alignment.fitting import read_weights, validation_losses
+    from alignment.reward_worker import trainable_model
     from models.adapters import load_trainable, merge_lora
     from models.checkpoints import best_checkpoint
     from models.reward_model import load_reward_model

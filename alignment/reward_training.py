@@ -1,4 +1,4 @@
-"""Training a reward model on all ranks: optimizer steps, validations, checkpoints, early stop.
+"""Training a reward model on all ranks: optimizer steps and validations; see alignment.fitting for their course.
 
 Like the policy's training it has no state but the weights and AdamW's moments: the order of examples is a permutation
 given by (seed, epoch), the learning rate a function of the step, dropout's stream named by seed, step and rank. So a
@@ -7,7 +7,6 @@ training that was interrupted goes on, with as many ranks, as if nothing had bee
 Legend: B texts, P pairs (their B = 2P texts stand as all chosen, then all rejected), A outputs of the head.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from alignment.config_sections import RewardTrainingSection
 from alignment.engine import (
     Ranks,
+    begin_step,
     build_engine,
     gradient_accumulation_steps,
     learning_rate,
@@ -135,20 +135,16 @@ def train_step(trainer: RewardTrainer, step: int) -> dict[str, Any]:
     Raises TrainingError where the loss or the gradient is not finite.
     """
     section, ranks, engine = trainer.section, trainer.ranks, trainer.engine
-    stream = f"{trainer.seed}/reward-step-{step}/rank-{ranks.rank}"
-    torch.manual_seed(int.from_bytes(hashlib.sha256(stream.encode()).digest()[:8], "big"))
     # The schedule's end lies one step beyond the last, which would otherwise learn nothing.
     lr = learning_rate(step, section, max_steps=trainer.total_steps + 1)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+    begin_step(engine, lr=lr, stream=f"{trainer.seed}/reward-step-{step}/rank-{ranks.rank}")
     batch = _batch(trainer, step)
     accumulation = gradient_accumulation_steps(section, ranks.world_size)
-    engine.train()
     count = sum(e.count for e in batch)
     micro_batches = _micro_batches(trainer, batch, accumulation)
     loss, norm = optimizer_step(engine, micro_batches, count=count, ranks=ranks, section="reward_training")
     engine.eval()
-    return {"kind": "step", "step": step, "loss": loss / count, "grad_norm": norm, "lr": lr}
+    return {"kind": "step", "step": step, "loss": loss / count, "grad_norm": norm, "lr": lr, "examples": len(batch)}
 
 
 @torch.no_grad()
@@ -178,13 +174,6 @@ def _validate(trainer: RewardTrainer, examples: Sequence[Encoded]) -> dict[str, 
         torch.distributed.all_reduce(totals)
     accuracy = None if section.loss == "regression" else float(totals[1]) / len(examples)
     return {"loss": float(totals[0]) / sum(e.count for e in examples), "accuracy": accuracy}
-
-
-def should_stop_early(losses: Sequence[float], stop_after: int | None) -> bool:
-    """Whether the last `stop_after` validations all failed to lower the validation loss."""
-    if stop_after is None or len(losses) <= stop_after:
-        return False
-    return min(losses[-stop_after:]) >= min(losses[:-stop_after])
 
 
 def _batch(trainer: RewardTrainer, step: int) -> list[Encoded]:

@@ -202,7 +202,7 @@ def create(root: str | Path, run_id: str, config_json: str) -> RunFolder:
         raise DataError(f"run id {run_id!r} cannot name a folder: use letters, digits, '.', '_' and '-', not 'latest'")
     folder = RunFolder(Path(root) / run_id)
     with disk_errors(folder.path):
-        for path in (folder.path, folder.rollouts, folder.checkpoints):
+        for path in (folder.path, folder.checkpoints):
             path.mkdir(parents=True, exist_ok=True)
     if folder.config.exists() and json.loads(folder.config.read_text()) != json.loads(config_json):
         raise DataError(f"{folder.path} holds another run's files: set run.root to another folder, or move them away")

@@ -91,3 +91,19 @@ def run_evaluation(
     run = RunFolder(Path(run_path))
     report, checkpoint = evaluate(config, run, RewardModelRef(**reward), JudgeRef(**judge), started)
     return report, asdict(checkpoint)
+
+
+def begin_sft(config: Config, run_id: str, resumed_id: str | None = None) -> tuple[str, list[dict[str, Any]]]:
+    """Lay out the folder of a supervised fine-tuning and write its examples; its path and a summary of each set."""
+    from alignment.sft_stage import begin as begin_run
+
+    return begin_run(config, run_id, resumed_id, print)
+
+
+def train_sft(config: Config, run_path: str, data: list[dict[str, Any]], started: float) -> dict[str, Any]:
+    """Fine-tune from the last checkpoint to the end, write the model; returns the report."""
+    from alignment.sft_stage import finish, train
+
+    run = RunFolder(Path(run_path))
+    train(config, run, print)
+    return finish(config, run, data, started)

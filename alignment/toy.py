@@ -1,4 +1,4 @@
-"""Toy prompts and preference pairs for the smoke preset: no package, no file, no network.
+"""Toy prompts, preference pairs and demonstrations for the smoke preset: no package, no file, no network.
 
 The smoke preset's policy has random weights and emits random bytes, so a preference that lives in words
 alone would give it nothing to climb. Here the two sides differ in their letters too: the cheerful words are
@@ -23,6 +23,8 @@ GLOOMY = (
 )
 PAIR_COUNTS = {"toy:pairs": 1024, "toy:held_out_pairs": 256, "toy:judge_pairs": 1024}
 PROMPT_NAMES = ("toy:prompts", "toy:held_out_prompts")
+DEMONSTRATIONS = {"toy:demonstrations": "toy:prompts", "toy:held_out_demonstrations": "toy:held_out_prompts"}
+"""Sets of demonstrations, and whose prompts they continue."""
 
 _SUBJECTS = (
     *("my day", "the news", "our trip", "this song", "her letter", "the party", "his story", "the game"),
@@ -42,6 +44,19 @@ def toy_prompts(name: str) -> list[Prompt]:
     texts = [f"{subject} {verb}" for subject, verb in product(_SUBJECTS, _VERBS)]
     first = PROMPT_NAMES.index(name)
     return [Prompt(f"toy-{i}", ({"role": "user", "content": texts[i]},)) for i in range(first, len(texts), 2)]
+
+
+def toy_demonstrations(name: str) -> list[tuple[str, str]]:
+    """The prompts of `toy:demonstrations` or `toy:held_out_demonstrations`, each continued by a cheerful sentence.
+
+    The prompts are those of `toy:prompts` and `toy:held_out_prompts`. Raises DataError for another name.
+    """
+    prompts = DEMONSTRATIONS.get(name)
+    if prompts is None:
+        raise DataError(f"{name}: no toy demonstrations of that name; known: {', '.join(DEMONSTRATIONS)}")
+    rng = random.Random(name)
+    texts = [prompt.messages[0]["content"] for prompt in toy_prompts(prompts)]
+    return [(text, f" {_sentence(CHEERFUL, 1 + int(rng.random() * _FEWEST_WORDS), rng)}!") for text in texts]
 
 
 def toy_pairs(name: str) -> list[PreferencePair]:

@@ -59,6 +59,43 @@ class RatedAnswer:
     labels: tuple[float | None, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A conversation to imitate. `learned` says of each message whether its text is; `place` is "file:line".
+
+    Only assistant's messages are ever learned, at least one of them is, and the last message is.
+    """
+
+    messages: tuple[Message, ...]
+    learned: tuple[bool, ...]
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """A demonstration as the policy reads it. `learned` says of each token whether the loss counts it.
+
+    The first token never is, since nothing predicts it; the last one always is.
+    """
+
+    ids: tuple[int, ...]
+    learned: tuple[bool, ...]
+
+    @property
+    def num_learned(self) -> int:
+        """Tokens that the loss counts."""
+        return sum(self.learned)
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A record that cannot be used: where it stands ("file:line"), what kind of fault it has, and what was found."""
+
+    place: str
+    fault: str
+    details: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """One sampled response to a prompt.

@@ -5,7 +5,6 @@ ranks: the gradient does not depend on micro-batches, ranks or padding. A rank t
 micro-batches of zero weight, since all ranks must run backward equally often.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment.config_sections import TrainingSection
-from alignment.engine import Ranks, gradient_accumulation_steps, optimizer_step
+from alignment.engine import Ranks, begin_step, gradient_accumulation_steps, optimizer_step
 from alignment.types import Rollout, StepUpdate
 from models.batching import ResponseBatch, response_batch, response_logits
 from models.losses import penalised_loss_sum, response_loss_sum
@@ -59,10 +58,7 @@ def update(
     Raises TrainingError where the loss or the gradient is not finite: before anything is saved, though under
     ZeRO, which knows its norm only after the step, the weights in memory have changed.
     """
-    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{stream}/rank-{ranks.rank}".encode()).digest()[:8], "big"))
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr
-    engine.train()
+    begin_step(engine, lr=lr, stream=f"{stream}/rank-{ranks.rank}")
     losses, norms = [], []
     for start in range(0, len(selected), training.global_batch_size):
         loss, norm = _optimizer_step(

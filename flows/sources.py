@@ -29,6 +29,7 @@ INPUTS = (
         ("reward_training", "held_out"),
         ("judge", "train_pairs"),
         ("judge", "held_out_pairs"),
+        ("sft", "validation"),
     ),
 )
 """Fields that may name local files."""
@@ -62,9 +63,15 @@ def parse_preset(text: str) -> dict[str, Any]:
         values["reward"]["repository"] = _absolute(values["reward"]["repository"])
     for section, name in INPUTS:
         source = values[section][name]
-        if source and Path(source).expanduser().exists():  # else a built-in, an s3:// or a hub's name
-            values[section][name] = _absolute(source)
+        if source:
+            values[section][name] = _absolute_if_there(source)
+    values["sft"]["train"] = {_absolute_if_there(name): weight for name, weight in values["sft"]["train"].items()}
     return values
+
+
+def _absolute_if_there(source: str) -> str:
+    """A local file's absolute path; a built-in, an s3:// or a hub's name as it is."""
+    return _absolute(source) if Path(source).expanduser().exists() else source
 
 
 def _absolute(path: str) -> str:

@@ -1,11 +1,12 @@
-"""What of a model is trained: all of it, or LoRA adapters and the head; as tensors that can be saved and put back.
+"""What of a model is trained: all of it, or LoRA adapters and a head; as tensors that can be saved and put back.
 
-LoRA (Hu et al. 2021, arXiv 2106.09685) through the library peft, on all linear layers; the head is trained whole.
+LoRA (Hu et al. 2021, arXiv 2106.09685) through the library peft, on all linear layers; a reward model's head is trained
+whole, a causal LM's stays as it is.
 """
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +15,23 @@ from transformers import PreTrainedModel
 from alignment.errors import CheckpointError, ConfigError
 
 
-def add_lora(model: PreTrainedModel, *, rank: int, alpha: int, seed: int) -> Any:
-    """The model with adapters, all else but its head frozen; drawn from `seed`. Raises ConfigError."""
-    from peft import LoraConfig, TaskType, get_peft_model
+def add_lora(
+    model: PreTrainedModel, *, task: Literal["SEQ_CLS", "CAUSAL_LM"], rank: int, alpha: int, seed: int, section: str
+) -> Any:
+    """The model with adapters drawn from `seed`, all else frozen but a classifier's head.
 
-    settings = LoraConfig(task_type=TaskType.SEQ_CLS, r=rank, lora_alpha=alpha, target_modules="all-linear")
+    Raises ConfigError naming the config's `section`.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(task_type=task, r=rank, lora_alpha=alpha, target_modules="all-linear")
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return get_peft_model(model, settings)
     except (TypeError, ValueError) as error:  # peft's, for a model that it cannot wrap
         raise ConfigError(
-            f"reward_training.lora_rank ({rank}): {error}; set reward_training.lora_rank=0 to train all weights"
+            f"{section}.lora_rank ({rank}): {error}; set {section}.lora_rank=0 to train all weights"
         ) from error
 
 

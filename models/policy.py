@@ -4,15 +4,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignment.errors import ConfigError, DataError, ModelError
-from alignment.types import Prompt
+from alignment.types import Conversation, Prompt
 from models.quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 PromptFormat = Literal["text", "chat"]
 
@@ -28,17 +31,27 @@ class PromptReader:
     def text(self, prompt: Prompt) -> str:
         """The prompt as the policy reads it. Raises DataError for one that its format cannot express."""
         if self.prompt_format == "chat":
-            messages = [{"role": m["role"], "content": m["content"]} for m in prompt.messages]
-            try:
-                return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-            except (TemplateError, TypeError, ValueError) as error:  # templates refuse roles and orders of their own
-                raise DataError(f"prompt {prompt.prompt_id}: the policy's chat template refuses it: {error}") from error
+            return self.render(prompt.messages, f"prompt {prompt.prompt_id}", generation_prompt=True)
         if len(prompt.messages) != 1:
             raise DataError(
                 f"prompt {prompt.prompt_id} has {len(prompt.messages)} messages, but policy.prompt_format (text) "
                 "continues a single text: set policy.prompt_format=chat"
             )
         return prompt.messages[0]["content"]
+
+    def render(self, messages: Conversation, what: str, *, generation_prompt: bool) -> str:
+        """Messages as the chat template lays them out. Raises DataError naming `what` they are."""
+        turns = [{"role": m["role"], "content": m["content"]} for m in messages]
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt)
+            )
+        except (TemplateError, TypeError, ValueError) as error:  # templates refuse roles and orders of their own
+            raise DataError(f"{what}: the policy's chat template refuses it: {error}") from error
+
+    def encode_more(self, text: str) -> list[int]:
+        """Token ids of a text that goes on from another: no special tokens are put before it."""
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a rendered prompt; a chat template brings its own special tokens."""
@@ -71,28 +84,47 @@ class Policy:
         return next(self.model.parameters()).device
 
 
-def load_reader(source: str | Path, *, prompt_format: PromptFormat) -> PromptReader:
-    """Tokenizer and context length of a model folder or hub name. Raises ModelError or ConfigError."""
+def load_reader(source: str | Path, *, prompt_format: PromptFormat, chat_template: str | None = None) -> PromptReader:
+    """Tokenizer and context length of a model folder or hub name; `chat_template` takes the place of its own.
+
+    Raises ModelError or ConfigError.
+    """
     with _named_errors(source):
         tokenizer = AutoTokenizer.from_pretrained(source)
         context = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", None)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     if prompt_format == "chat" and not tokenizer.chat_template:
         raise ConfigError(f"policy.prompt_format (chat) needs a chat template, and {source} has none: use text")
     return PromptReader(tokenizer, prompt_format, context)
 
 
-def load_policy(source: str | Path, *, prompt_format: PromptFormat, device: str = "cpu") -> Policy:
-    """A policy from a model folder or a hub name: fp32 on a CPU, bf16 on a GPU.
+def load_policy(
+    source: str | Path, *, prompt_format: PromptFormat, device: str = "cpu", chat_template: str | None = None
+) -> Policy:
+    """A policy from a model folder or a hub name: fp32 on a CPU, bf16 on a GPU; `chat_template` as in `load_reader`.
 
     Raises ModelError naming the folder and the remedy.
     """
-    reader = load_reader(source, prompt_format=prompt_format)
+    reader = load_reader(source, prompt_format=prompt_format, chat_template=chat_template)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     with _named_errors(source):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
         model = model.to(torch.device(device))  # type: ignore[arg-type]
     model.eval()
-    return Policy(model, reader, _eos_ids(model, reader.tokenizer))
+    return Policy(model, reader, _eos_ids(model.generation_config, reader.tokenizer, source))
+
+
+def load_ending_tokens(source: str | Path, reader: PromptReader) -> tuple[int, ...]:
+    """The tokens that end a response of the model behind `source`, as its policy has them, without its weights."""
+    from transformers import GenerationConfig
+
+    with _named_errors(source):
+        try:
+            generation = GenerationConfig.from_pretrained(source)
+        except OSError:  # it has none of its own: transformers makes one as the model is loaded
+            generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(source))
+    return _eos_ids(generation, reader.tokenizer, source)
 
 
 @contextmanager
@@ -109,15 +141,15 @@ def _named_errors(source: str | Path) -> Iterator[None]:
         ) from error
 
 
-def _eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _eos_ids(
+    generation: "GenerationConfig | None", tokenizer: PreTrainedTokenizerBase, source: str | Path
+) -> tuple[int, ...]:
     """The tokenizer's ending token first, then those of the generation config (chat models have several)."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
+    configured = generation.eos_token_id if generation else None
     candidates: Iterable[Any] = configured if isinstance(configured, list) else [configured]
     ids = [i for i in [tokenizer.eos_token_id, *candidates] if isinstance(i, int)]
     if not ids:
-        raise ModelError(
-            f"{model.config._name_or_path} names no ending token: set eos_token in its tokenizer_config.json"
-        )
+        raise ModelError(f"{source} names no ending token: set eos_token in its tokenizer_config.json")
     return tuple(dict.fromkeys(ids))
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import config_effects as see
+import sft_effects as sft
 from alignment.config import Config, apply_overrides, load_config, parse_config, validate_config
 from alignment.errors import ConfigError
 from flow_runs import ROOT, SMOKE, Place
@@ -188,6 +189,9 @@ REGRESSION = (
 )  # fmt: skip
 VALIDATED = ("reward_training.validation_share=0.2",)
 SLOW = (*VALIDATED, "reward_training.val_check_interval=1", "reward_training.epochs=2", "reward_training.lr=1e-30")
+CHAT = ("policy.prompt_format=chat",)
+CHAT_DATA = "sft.train={root}/chat.jsonl"
+NO_VALIDATION = ("sft.validation=null",)
 # {root} and {port} stand for the folder of the runs and a free port.
 EFFECTS = {
     "seed": Effect(1, see.column("prompt_id")),
@@ -259,6 +263,32 @@ EFFECTS = {
     "reward_training.gradient_clip": Effect(1e-3, see.export_says("digest")),
     "reward_training.global_batch_size": Effect(64, see.reward_steps, 1),
     "reward_training.micro_batch_size": Effect(8, see.reward_engine("gradient_accumulation_steps"), 4),
+    "sft.train": Effect("{root}/chat.jsonl", sft.told("trained on", "examples"), [6], CHAT),
+    "sft.num_train": Effect(7, sft.told("trained on", "examples"), [7]),
+    "sft.validation": Effect("{root}/chat.jsonl", sft.told("validated on", "examples"), [6], CHAT),
+    "sft.validation_share": Effect(0.2, sft.told("validated on", "source"), ["validation share"], NO_VALIDATION),
+    "sft.num_validation": Effect(9, sft.told("validated on", "examples"), [9]),
+    "sft.turns": Effect("last", sft.told("trained on", "learned_tokens"), [6 * 2], (*CHAT, CHAT_DATA)),
+    "sft.chat_template": Effect("{% for m in messages %}{{ m.content }}{% endfor %}", sft.first_example, also=CHAT),
+    "sft.max_tokens": Effect(24, sft.told("trained on", "examples")),
+    "sft.packing": Effect("rows", sft.row_tokens, 128),
+    "sft.epochs": Effect(2, sft.steps, 10),
+    "sft.max_steps": Effect(4, sft.steps, 4),
+    "sft.val_check_interval": Effect(6, sft.validations, [0, 6, 12, 15]),
+    "sft.keep_best": Effect(2, sft.checkpoints),
+    "sft.lora_rank": Effect(2, sft.trained_weights),
+    "sft.lora_alpha": Effect(4, sft.adapter_scale, [2.0], ("sft.lora_rank=2",)),
+    "sft.zero_stage": Effect(2, sft.engine("zero_optimization_stage"), 2),
+    "sft.lr": Effect(1e-5, sft.weights),
+    "sft.lr_schedule": Effect("constant", sft.rates, [0.003] * 15),
+    "sft.warmup_steps": Effect(2, sft.rates),
+    "sft.min_lr": Effect(1e-3, sft.rates),
+    "sft.weight_decay": Effect(0.5, sft.weights),
+    "sft.beta1": Effect(0.5, sft.weights),
+    "sft.beta2": Effect(0.5, sft.weights),
+    "sft.gradient_clip": Effect(1e-3, sft.weights),
+    "sft.global_batch_size": Effect(32, sft.steps, 9),
+    "sft.micro_batch_size": Effect(2, sft.engine("gradient_accumulation_steps"), 8),
     "judge.train_pairs": Effect("toy:pairs", see.judge_says("weights")),
     "judge.held_out_pairs": Effect("{root}/swapped.jsonl", see.judge_says("accuracy"), 0.0),
     "judge.num_train_pairs": Effect(32, see.judge_says("weights")),
@@ -333,6 +363,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
         for i, side in enumerate((pair["rejected"], pair["chosen"]))
     ]
     (root / "ratings.jsonl").write_text("".join(json.dumps(rated) + "\n" for rated in ratings))
+    chat = [{"role": role, "content": text} for role, text in (("user", "why"), ("assistant", "?")) * 2]
+    chats = [{"messages": [*chat[:3], {"role": "assistant", "content": str(i)}]} for i in range(6)]
+    (root / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in chats))
     tiny = policy_folder("tiny", root / "cache")
     other = AutoModelForCausalLM.from_pretrained(tiny)
     with torch.no_grad():

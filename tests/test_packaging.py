@@ -12,7 +12,7 @@ from argo import compiled, s3_stand_in
 from flow_runs import ROOT, SMOKE, Finished, Place
 
 NEEDED = (
-    "rs_flow.py", "rs_iteration_flow.py", "sources.py",
+    "rs_flow.py", "rs_iteration_flow.py", "sft_flow.py", "sources.py",
     "alignment/stages.py", "alignment/report.html.jinja", "models/policy.py", "infra/triton.py",
     "triton_repo/reward_model/config.pbtxt", "triton_repo/reward_model/1/model.py", "configs/imdb_sentiment.yaml",
 )  # fmt: skip
@@ -89,6 +89,7 @@ def test_the_inner_flow_is_packaged_whole_from_the_package(packed: Place) -> Non
         ("rs_iteration_flow",
          {"start", "rollouts", "scoring", "selection", "update", "validation", "end"},
          {"rollouts", "update", "validation"}),
+        ("sft_flow", {"start", "train", "end"}, {"train"}),
     ],
 )  # fmt: skip
 def test_argo_workflows_compiles_the_flow(flow: str, steps: set[str], with_gpus: set[str]) -> None:

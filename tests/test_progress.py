@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from alignment.progress import ProgressLines, ProgressState, advance, duration, render_line
+from alignment.progress import FitLines, ProgressLines, ProgressState, advance, duration, render_line
 
 
 def step_event(step: int, **changes: Any) -> dict[str, Any]:
@@ -105,3 +105,19 @@ def test_a_file_gets_a_line_per_step_and_one_every_ten_seconds() -> None:
     ]
     assert all(c == "\n" or c.isprintable() for c in stream.getvalue())
     assert line.state.step_seconds == (6.0, 6.0)  # the first by its phases, the second by the clock
+
+
+def test_a_trainings_lines_have_a_bar_a_rate_and_the_time_left():
+    said, seconds = [], iter([0.0, 20.0, 22.0, 26.0, 30.0])
+    lines = FitLines(said.append, "sft", "sft", clock=lambda: next(seconds))
+    lines.update({"kind": "note", "text": "hello"})
+    for step in range(1, 5):  # at 20, 22, 26 and 30 s
+        lines.update({"kind": "sft_step", "step": step, "steps": 10, "loss": 1 / step, "tokens": 100})
+    lines.update({"kind": "sft_validation", "step": 4, "loss": 0.5})
+    lines.update({"kind": "reward_step", "step": 5})  # another training's
+    assert said == [
+        "sft: hello",
+        "sft: [#.........] step 1/10 | loss 1.000",
+        "sft: [###.......] step 3/10 | loss 0.333 | 33.3 tokens/s | 21 s left",
+        "sft: validation after step 4: loss 0.500",
+    ]

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 import reward_ranks
 import reward_runs
 from alignment.config import load_config
+from alignment.fitting import should_stop_early
 from alignment.reward_data import Example
 from alignment.reward_stage import prepare_reward_model
-from alignment.reward_training import Encoded, RewardLoss, encode_examples, should_stop_early
+from alignment.reward_training import Encoded, RewardLoss, encode_examples
 from alignment.run_folder import RunFolder
 from flow_runs import wait_for
 from models.checkpoints import finished, read_manifest

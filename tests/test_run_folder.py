@@ -121,6 +121,7 @@ def test_rollouts_that_are_missing_damaged_or_not_text(tmp_path: Path) -> None:
     folder = create(tmp_path, "1", "{}")
     with pytest.raises(DataError, match=r"step-000009.parquet is not there"):
         folder.read_rollouts(9)
+    folder.rollouts.mkdir()
     folder.rollouts_file(9).write_bytes(b"PAR1 torn")
     with pytest.raises(DataError, match=r"cannot read .*step-000009.parquet"):
         folder.read_rollouts(9)
