@@ -273,6 +273,10 @@ class JudgeSection(Section):
 
 
 class TrainingSection(OptimizerSection):
+    sft_mix: str | None = None
+    """Demonstrations that RS steps train on too, in the formats of `sft.train`; null trains on selected responses."""
+    num_sft_examples: int = Field(8, ge=1)
+    """Demonstrations of `sft_mix` in each RS step."""
     kl_penalty: Number = Field(0.0, ge=0)
     """Weight of the KL to the base, per response token, in the update's loss; 0 spares the base's forward pass."""
     zero_stage: Literal[0, 1, 2] = 0

@@ -84,7 +84,7 @@ def _reference(
     policy: "Policy", prompt: Prompt, text: str, prompt_ids: Sequence[int], rollout_index: int, max_new_tokens: int
 ) -> Rollout:
     """A prompt's reference answer as a rollout: it ends with the ending token where there is room for that."""
-    whole = [*policy.reader.tokenizer(prompt.reference, add_special_tokens=False)["input_ids"], policy.eos_ids[0]]
+    whole = [*policy.reader.encode_more(prompt.reference or ""), policy.eos_ids[0]]
     ids = whole[:max_new_tokens]
     return Rollout(
         prompt_id=prompt.prompt_id,

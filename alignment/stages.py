@@ -24,6 +24,7 @@ def begin(config: Config, run_id: str, resumed_id: str | None = None) -> tuple[s
     from alignment.continuation import adopt, find_source, first_id
     from alignment.disk import disk_needs
     from alignment.inputs import check_inputs
+    from alignment.mix_in import prepare_mix_in
     from alignment.preparation import NAMES, load_prompt_sets, prepare
 
     source = find_source(config)  # before `latest`, which it may name, points to the new run
@@ -34,6 +35,7 @@ def begin(config: Config, run_id: str, resumed_id: str | None = None) -> tuple[s
             prepare(config, run.path, print)
         else:
             adopt(config, source, run)
+        prepare_mix_in(config, run.path, print)
     sets = load_prompt_sets(run.path)
     counts = {name: len(getattr(sets, name)) for name in NAMES}
     print(disk_needs(config, run, config.total_steps(counts["train"])))

@@ -13,6 +13,7 @@ from alignment.config import Config
 from alignment.continuation import check_own
 from alignment.embedded import policy_folder
 from alignment.engine import Ranks, any_rank, build_engine, learning_rate, optimizer_tensors, restore_optimizer
+from alignment.mix_in import load_mix_in, mixed
 from alignment.preparation import cache_folder, load_prompt_sets
 from alignment.provenance import describe_base, keep_manifests, provenance
 from alignment.run_folder import RunFolder
@@ -39,8 +40,8 @@ class Trainer:
 
     `start` is the number of RS steps that the loaded checkpoint has behind it, `validated` whether it was
     validated after them, `total_steps` the RS steps of the whole run. `lost_moments` says why AdamW's moments
-    start anew although the weights go on; "" where they go on too. `base` describes
-    the policy before step 1, where the trainer starts there.
+    start anew although the weights go on; "" where they go on too. `demonstrations` are those of the SFT mix-in.
+    `base` describes the policy before step 1, where the trainer starts there.
     """
 
     config: Config
@@ -52,6 +53,7 @@ class Trainer:
     validated: bool
     total_steps: int
     lost_moments: str
+    demonstrations: Sequence[Rollout]
     base: Mapping[str, Any]
 
     @property
@@ -113,6 +115,7 @@ def load_trainer(config: Config, run: RunFolder, ranks: Ranks) -> Trainer:
         validated=manifest["step"] in run.validations(),
         total_steps=config.total_steps(len(load_prompt_sets(run.path).train)),
         lost_moments=lost_moments,
+        demonstrations=load_mix_in(config, run.path),
         base={} if checkpoint else describe_base(config.policy.model, source, policy.model.config),
     )
 
@@ -136,11 +139,11 @@ def _lost_moments(manifest: Mapping[str, Any], config: Config, ranks: Ranks) -> 
 
 
 def train_step(trainer: Trainer, selected: Sequence[Rollout], step: int) -> StepUpdate:
-    """The update of RS step `step` (from 1) on the selected rollouts, the same list on every rank."""
+    """The update of RS step `step` (from 1) on the selected rollouts, the same list on every rank, and the mix-in."""
     training = trainer.config.training
     return run_update(
         trainer.engine,
-        selected,
+        mixed(selected, trainer.demonstrations, trainer.config, step),
         training,
         trainer.ranks,
         lr=learning_rate(step, training, max_steps=trainer.total_steps),

@@ -302,6 +302,8 @@ EFFECTS = {
     "training.gradient_clip": Effect(1e-3, see.weights),
     "training.global_batch_size": Effect(2, see.optimizer_steps, [2, 2]),
     "training.micro_batch_size": Effect(1, see.engine_says("train_micro_batch_size_per_gpu"), 1),
+    "training.sft_mix": Effect("toy:demonstrations", see.weights),
+    "training.num_sft_examples": Effect(4, see.optimizer_steps, [2, 2], ("training.sft_mix=toy:demonstrations",)),
     "training.kl_penalty": Effect(10.0, see.weights),
     "training.zero_stage": Effect(1, see.engine_says("zero_optimization_stage"), 1),
     "loop.max_steps": Effect(3, see.last_steps, [2, 3]),

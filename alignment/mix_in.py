@@ -1,0 +1,101 @@
+"""The SFT mix-in: demonstrations that every RS step trains on beside the responses that it selected.
+
+They hold on to what the policy learned by imitation while the reward pulls it elsewhere. Of each demonstration the last
+answer is learned; its prompt is nobody's in validation or evaluation. Off unless `training.sft_mix` names a source.
+
+    <run>/prompts/mix_in.jsonl      place, prompt_ids, response_ids, a line each, as the policy reads them
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from alignment.atomic_files import json_text, write_text
+from alignment.config import Config
+from alignment.demonstrations import count_faults, read_demonstrations
+from alignment.embedded import policy_folder
+from alignment.errors import DataError
+from alignment.preparation import cache_folder, load_prompt_sets
+from alignment.prompts import read_order
+from alignment.types import LeftOut, Message, Rollout
+
+
+def prepare_mix_in(config: Config, run: Path, on_note: Callable[[str], None]) -> None:
+    """Read, tokenize and write the demonstrations; what cannot be used is counted. Raises DataError."""
+    from models.policy import load_ending_tokens, load_reader
+    from models.sequences import encode_demonstration
+
+    source, cache = config.training.sft_mix, cache_folder(config)
+    if source is None:
+        return
+    base = policy_folder(config.policy.model, cache, on_note)
+    reader = load_reader(base, prompt_format=config.policy.prompt_format)
+    eos_ids = load_ending_tokens(base, reader)
+    longest = config.prompts.max_prompt_tokens + config.rollouts.max_new_tokens
+    sets = load_prompt_sets(run)
+    held_out = {_text(prompt.messages) for prompt in (*sets.validation, *sets.evaluation)}
+    demonstrations, left_out = read_demonstrations(source, cache, turns="last")
+    lines = []
+    for demonstration in demonstrations:
+        place = demonstration.place
+        try:
+            sequence = encode_demonstration(reader, demonstration, eos_ids)
+        except DataError as error:
+            left_out.append(LeftOut(place, "not_rendered", str(error)))
+            continue
+        start = sequence.learned.index(True)
+        if len(sequence.ids) > longest:
+            left_out.append(LeftOut(place, "too_long", f"{place}: {len(sequence.ids)} tokens, of {longest} at most"))
+        elif _text(demonstration.messages[:-1]) in held_out:
+            left_out.append(LeftOut(place, "held_out_prompt", f"{place}: its prompt measures the policy"))
+        else:
+            row = {"place": place, "prompt_ids": sequence.ids[:start], "response_ids": sequence.ids[start:]}
+            lines.append(json_text(row) + "\n")
+    told = f"SFT mix-in: {len(lines)} demonstrations of {source}"
+    on_note(f"{told}, left out: {count_faults(left_out)}" if left_out else told)
+    if len(lines) < config.training.num_sft_examples:
+        raise DataError(
+            f"training.sft_mix ({source}) has {len(lines)} usable demonstrations, and training.num_sft_examples is "
+            f"{config.training.num_sft_examples}: lower that or name a larger source"
+        )
+    write_text(run / "prompts" / "mix_in.jsonl", "".join(lines))
+
+
+def load_mix_in(config: Config, run: Path) -> tuple[Rollout, ...]:
+    """What `prepare_mix_in` wrote, laid out like selected responses; empty where there is no mix-in."""
+    if config.training.sft_mix is None:
+        return ()
+    rows = [json.loads(line) for line in (run / "prompts" / "mix_in.jsonl").read_text().splitlines()]
+    return tuple(
+        Rollout(
+            prompt_id=row["place"],
+            rollout_index=0,
+            response="",
+            finish_reason="stop",
+            prompt_ids=tuple(row["prompt_ids"]),
+            response_ids=tuple(row["response_ids"]),
+            is_reference=True,
+        )
+        for row in rows
+    )
+
+
+def mixed(selected: Sequence[Rollout], demonstrations: Sequence[Rollout], config: Config, step: int) -> list[Rollout]:
+    """What RS step `step` (from 1) trains on: the selected responses and its demonstrations, spread evenly among them.
+
+    Optimizer steps cut this list, so each gets its part of both. An epoch of the demonstrations is a permutation given
+    by the seed, as that of the prompts is. An empty selection stays empty: such a step updates nothing.
+    """
+    count = config.training.num_sft_examples
+    if not demonstrations or not selected:
+        return list(selected)
+    order = read_order(len(demonstrations), num_rollout_samples=count, seed=config.seed, step=step - 1)
+    added = [demonstrations[i] for i in order]
+    placed = [
+        ((i + 0.5) / len(part), n, item) for n, part in enumerate((selected, added)) for i, item in enumerate(part)
+    ]
+    return [item for _, _, item in sorted(placed, key=lambda entry: entry[:2])]
+
+
+def _text(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
+    return tuple((message["role"], message["content"]) for message in messages)
