@@ -30,6 +30,7 @@ INPUTS = (
         ("judge", "train_pairs"),
         ("judge", "held_out_pairs"),
         ("sft", "validation"),
+        ("training", "sft_mix"),
     ),
 )
 """Fields that may name local files."""
