@@ -1,13 +1,15 @@
 """What a reward model learns from and is measured on: texts as it reads them, split by prompt.
 
 The examples of `reward_training.train` are split into training, validation and test; equal prompts fall into one part.
-`validation`, `held_out` and `also_measure` are read besides, without what was trained on, under their own names.
+`validation`, `held_out` and `also_measure` are read besides, without what was trained on, under their own names. What
+measures shares no prompt with the set that chooses the checkpoint.
 """
 
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from alignment.config import Config
@@ -63,29 +65,38 @@ def read_reward_data(config: Config) -> RewardData:
     if own.train:
         items, left_out["train"] = _training_items(config, own.train)
         parts = _split(config, items)
-    seen = {_key(item) for name in ("train", "validation") for item in parts[name]}
-    validation = {SHARE: _examples(config, parts["validation"])} if parts["validation"] else {}
-    measured = {TEST: _examples(config, parts["test"])} if parts["test"] else {}
+    learned = {_key(item): "prompt_trained_on" for name in ("train", "validation") for item in parts[name]}
+    tested = {_key(item): "prompt_of_test_share" for item in parts["test"]}
+    validation: dict[str, Sequence[Item]] = {SHARE: parts["validation"]} if parts["validation"] else {}
+    measured: dict[str, Sequence[Item]] = {TEST: parts["test"]} if parts["test"] else {}
     for source in own.validation:
-        validation[source], left_out[source] = _unseen(config, source, seen)
+        validation[source], left_out[source] = _unseen(config, source, learned | tested)
+    chosen_by = {_key(item): "prompt_chose_checkpoint" for item in next(iter(validation.values()), ())}
     for source in filter(None, (own.held_out, *own.also_measure)):
-        measured[source], left_out[source] = _unseen(config, source, seen)
-    return RewardData(_examples(config, parts["train"]), validation, measured, left_out)
+        measured[source], left_out[source] = _unseen(config, source, chosen_by | learned)
+    return RewardData(
+        _examples(config, parts["train"]),
+        {name: _examples(config, items) for name, items in validation.items()},
+        {name: _examples(config, items) for name, items in measured.items()},
+        left_out,
+    )
 
 
-def _unseen(config: Config, source: str, seen: set[str]) -> tuple[tuple[Example, ...], dict[str, int]]:
-    """A set of pairs without those whose prompt is in the training or validation share, and what was left out."""
+def _unseen(config: Config, source: str, seen: Mapping[str, str]) -> tuple[Sequence[Item], dict[str, int]]:
+    """A set of pairs without those whose prompt is among `seen`, and what was left out.
+
+    `seen` is the reason by prompt. Raises DataError where nothing is left.
+    """
     pairs, counts = read_pairs(source, cache_folder(config), limit=config.reward_training.num_held_out)
-    unseen = [pair for pair in pairs if _key(pair) not in seen]
-    left_out = {str(reason): n for reason, n in counts.items()}
-    if len(unseen) < len(pairs):
-        left_out["prompt_trained_on"] = len(pairs) - len(unseen)
-    if not unseen:
+    reasons = Counter(seen[key] for key in map(_key, pairs) if key in seen)
+    if reasons.total() == len(pairs):
+        named = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
         raise DataError(
-            f"{source}: the prompts of all its {len(pairs)} pairs were trained on: name other data, or set "
-            "reward_training.test_share"
+            f"{source}: all of its {len(pairs)} pairs are left out ({named}): name other data, or set "
+            "reward_training.validation_share or reward_training.test_share"
         )
-    return _examples(config, unseen), left_out
+    left_out = {str(reason): n for reason, n in counts.items()} | reasons
+    return [pair for pair in pairs if _key(pair) not in seen], left_out
 
 
 def _training_items(config: Config, source: str) -> tuple[Sequence[Item], dict[str, int]]:

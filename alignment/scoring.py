@@ -8,9 +8,7 @@ and is an error otherwise; it never becomes a number.
 """
 
 import itertools
-import json
 import math
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,8 +16,10 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from alignment.errors import RewardError, RewardRequestError, RewardServerError
-from alignment.types import Conversation, Message, Rollout, ScoredRollout, with_reward
+from alignment.errors import RewardServerError
+from alignment.scoring_faults import Fault, fault
+from alignment.scoring_wire import CANARY, checked, reward_column, text_tensor, to_json
+from alignment.types import Conversation, Rollout, ScoredRollout, with_reward
 
 T = TypeVar("T")
 
@@ -28,7 +28,6 @@ REQUESTS_IN_FLIGHT = 8
 FIRST_CONTACT_S = 10.0
 # Waits between attempts, in seconds: doubled from the first to the longest.
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 10.0
-CANARY: list[Message] = [{"role": "user", "content": "canary"}, {"role": "assistant", "content": "canary"}]
 # A channel that waits two minutes before it reconnects would outlast every retry.
 CHANNEL_ARGS = [
     ("grpc.initial_reconnect_backoff_ms", 200),
@@ -108,9 +107,9 @@ class RewardClient:
             if self._check is not None:
                 self._check()
             reason = self.probe(max(0.1, min(self.timeout_s, deadline - time.monotonic())))
-            if not reason:
+            if reason is None:
                 return
-            if reason.startswith("DEADLINE_EXCEEDED") or "maximum queue size" in reason:
+            if reason.is_overload:
                 deadline = max(deadline, begun + busy_s)
             if deadline - time.monotonic() < pause:
                 raise RewardServerError(
@@ -120,24 +119,24 @@ class RewardClient:
             self._closing.wait(pause)
             pause = min(2 * pause, 2.0)
 
-    def probe(self, timeout_s: float) -> str:
-        """One canary inference: "" if the model answered, else why not yet. Remembers the version that answered.
+    def probe(self, timeout_s: float) -> Fault | None:
+        """One canary inference: None if the model answered, else why not yet. Remembers the version that answered.
 
         Raises RewardServerError where waiting cannot help.
         """
         try:
-            rewards, version = self._infer([json.dumps(CANARY)], timeout_s)
+            rewards, version = self._infer([CANARY], timeout_s)
         except self._triton.InferenceServerException as error:
-            status, text = _status(error), _text(error)
-            if _curable(status, text) or status == "NOT_FOUND":
-                return f"{status}: {text}"
+            why = fault(error)
+            if why.is_curable or why.status == "NOT_FOUND":
+                return why
             raise RewardServerError(
-                f"{self._who()} cannot score a plain conversation ({status}: {text}): export it again"
+                f"{self._who()} cannot score a plain conversation ({why}): export it again"
             ) from error
         if len(rewards) != 1 or not math.isfinite(rewards[0]):
             raise RewardServerError(f"{self._who()} answered a canary conversation with {rewards}, not one number")
         self._version, self._ready = self._version or version, True
-        return ""
+        return None
 
     def score(self, conversations: Sequence[Conversation | Sequence[str]]) -> list[float]:
         """The reward of each conversation, in order; none for none.
@@ -147,14 +146,13 @@ class RewardClient:
         Raises RewardRequestError, naming the conversation's index, for one that the model refuses, and
         RewardServerError when the server fails beyond the retries.
         """
-        texts = [_to_json(conversation, index) for index, conversation in enumerate(conversations)]
+        texts = [to_json(conversation, index) for index, conversation in enumerate(conversations)]
         if not texts:
             return []
         self._first_contact()
-        starts = range(0, len(texts), TEXTS_PER_REQUEST)
         futures: list[Future[list[float]]] = []
         try:
-            for s in starts:
+            for s in range(0, len(texts), TEXTS_PER_REQUEST):
                 futures.append(self._submit(self._requests, self._score, texts[s : s + TEXTS_PER_REQUEST], s))
             return [reward for future in futures for reward in future.result()]
         except CancelledError as error:
@@ -174,16 +172,16 @@ class RewardClient:
             begun = time.monotonic()
             try:
                 rewards, _ = self._infer(texts, self.timeout_s)
-                return self._checked(rewards, len(texts), offset)
+                return checked(rewards, len(texts), self._who(), offset)
             except self._triton.InferenceServerException as error:
-                status, text, now = _status(error), _text(error), time.monotonic()
-                if not _curable(status, text):
-                    raise self._refusal(status, text, offset, len(texts)) from error
+                why, now = fault(error), time.monotonic()
+                if not why.is_curable:
+                    raise why.refusal(self._who(), offset, len(texts)) from error
                 gone_since = gone_since or begun
                 if now - gone_since + wait > self.patience_s:
                     raise RewardServerError(
-                        f"{self._who()} failed {attempt} times in {now - gone_since:.0f} s, at last with "
-                        f"{status}: {text}{_remedy(status, text, self.timeout_s)}"
+                        f"{self._who()} failed {attempt} times in {now - gone_since:.0f} s, at last with {why}. "
+                        f"{why.remedy(self.timeout_s)}"
                     ) from error
             if self._check is not None:
                 self._check()
@@ -194,20 +192,16 @@ class RewardClient:
 
     def _infer(self, texts: list[str], timeout_s: float) -> tuple[list[float], str]:
         """Rewards and the version that gave them. Raises tritonclient's exception, and RewardServerError."""
-        import numpy as np
-
         if self._closing.is_set():
             raise self._closed()
-        tensor = self._triton.InferInput("conversation", [len(texts), 1], "BYTES")
-        tensor.set_data_from_numpy(np.array([t.encode() for t in texts], dtype=np.object_).reshape(-1, 1))
         result = self._client.infer(
             self.model_name,
-            [tensor],
+            [text_tensor(texts)],
             model_version=self._version,
             outputs=[self._triton.InferRequestedOutput("reward")],
             client_timeout=timeout_s,
         )
-        rewards, version = _column(result), str(result.get_response().model_version)
+        rewards, version = reward_column(result), str(result.get_response().model_version)
         if rewards is None or not version:
             raise RewardServerError(
                 f"{self._who()} gave an answer that is no column of rewards: is it a reward model's export?"
@@ -215,25 +209,6 @@ class RewardClient:
         if self._version and version != self._version:
             raise RewardServerError(f"{self._who()} answered as version {version}: serve the one asked for")
         return rewards, version
-
-    def _checked(self, rewards: list[float], expected: int, offset: int) -> list[float]:
-        if len(rewards) != expected:
-            raise RewardServerError(f"{self._who()} gave {len(rewards)} rewards for {expected} conversations")
-        for index, reward in enumerate(rewards):
-            if not math.isfinite(reward):
-                raise RewardRequestError(f"{self._who()} gave the reward {reward} to conversation {offset + index}")
-        return rewards
-
-    def _refusal(self, status: str, text: str, offset: int, count: int) -> RewardError:
-        """The error for an answer that no retry cures; the model names the place within its request."""
-        named = re.search(r"conversation (\d+): (.*)", text, re.DOTALL)
-        if named:
-            return RewardRequestError(
-                f"{self._who()} cannot score conversation {offset + int(named[1])}: {named[2].strip()}"
-            )
-        if status == "INVALID_ARGUMENT":
-            return RewardRequestError(f"{self._who()} refused conversations {offset} to {offset + count - 1}: {text}")
-        return RewardServerError(f"{self._who()} failed with {status}: {text}")
 
     def _submit(self, pool: ThreadPoolExecutor, function: Callable[..., T], *arguments: Any) -> Future[T]:
         """The function's future. Raises RewardServerError once the client is closed."""
@@ -271,61 +246,3 @@ def score_in_background(client: RewardClient, rollouts: Sequence[Rollout]) -> Fu
     Raises RewardServerError once the client is closed.
     """
     return client._submit(client._background, score_rollouts, client, rollouts)
-
-
-def _to_json(conversation: Any, index: int) -> str:
-    """A conversation as the server reads it. Raises RewardRequestError."""
-    if isinstance(conversation, Sequence) and not isinstance(conversation, str):
-        parts = list(conversation)
-        if len(parts) == 2 and all(isinstance(part, str) for part in parts):
-            parts = [{"role": "user", "content": parts[0]}, {"role": "assistant", "content": parts[1]}]
-        if parts and all(_is_message(part) for part in parts):
-            return json.dumps([{"role": part["role"], "content": part["content"]} for part in parts])
-    raise RewardRequestError(
-        f"conversation {index} must be a non-empty list of {{role, content}} messages or a (prompt, response) pair "
-        f"of strings, got {str(conversation)[:80]!r}"
-    )
-
-
-def _is_message(part: Any) -> bool:
-    return isinstance(part, dict) and isinstance(part.get("role"), str) and isinstance(part.get("content"), str)
-
-
-def _column(result: Any) -> list[float] | None:
-    """The rewards of an answer; None where it holds no float32 column of them. How many they are is not looked at."""
-    output = result.get_output("reward")
-    if output is None or output.datatype != "FP32" or len(output.shape) != 2 or output.shape[1] != 1:
-        return None
-    try:
-        rewards: list[float] = result.as_numpy("reward").reshape(-1).tolist()
-    except ValueError:  # the data are not of the shape that they are said to have
-        return None
-    return rewards
-
-
-def _curable(status: str, text: str) -> bool:
-    """Faults that pass: overload, a lost connection, a model process that the server's keeper starts anew."""
-    if status == "INVALID_ARGUMENT":  # its text may quote the conversation
-        return False
-    return status in ("UNAVAILABLE", "DEADLINE_EXCEEDED") or "Connection reset" in text or _stub_is_gone(text)
-
-
-def _stub_is_gone(text: str) -> bool:
-    return "not healthy" in text or "Stub process" in text
-
-
-def _remedy(status: str, text: str, timeout_s: float) -> str:
-    if _stub_is_gone(text):
-        return ". The model's process has died, and Triton never starts it again: restart the server"
-    if status == "DEADLINE_EXCEEDED":
-        return f". Raise reward.timeout_s ({timeout_s:g}), or give the server more threads or a GPU"
-    return ". Check that the server runs and is reachable"
-
-
-def _status(error: Any) -> str:
-    """gRPC's name of the failure, e.g. UNAVAILABLE."""
-    return str(error.status() or "UNKNOWN").removeprefix("StatusCode.")
-
-
-def _text(error: Any) -> str:
-    return " ".join(str(error.message() or error).split())

@@ -35,7 +35,7 @@ from typing import IO
 from alignment.errors import AlignmentError, RewardServerError
 from infra.triton_follow import Follower
 from infra.triton_health import CANARY_S, answers, feel_pulse, living_children, loading_failure, ready_versions
-from infra.triton_leftovers import SHARED_MEMORY, owner, sweep
+from infra.triton_leftovers import SHARED_MEMORY, BackendFolder, owner, sweep
 from infra.triton_setup import EXIT_TIMEOUT_S, Ports, Prepared, drop_deleted, free_ports, prepare, servable_versions
 
 START_S = 600.0
@@ -70,9 +70,15 @@ def serve(
         prefix = f"triton_{owner()}_{secrets.token_hex(4)}"
         prepared = prepare(Path(scratch), models, repository, ports, prefix, threads=threads, follow=follow)
         follower = Follower(repository, list(models), prepared, f"127.0.0.1:{ports.grpc}") if follow else None
-        restarts = 0
+        backend_folder, restarts = BackendFolder(), 0
+
+        def ready(served: list[tuple[str, str]]) -> None:
+            backend_folder.server_is_ready()
+            on_ready(served)
+
         while True:
             started = time.monotonic()
+            backend_folder.server_starts()
             # PR_SET_PDEATHSIG covers a supervisor that is killed with -9: it cannot run its `finally`.
             process = subprocess.Popen(
                 prepared.command,
@@ -85,10 +91,11 @@ def serve(
             )
             was_lost, reason = False, "interrupted"
             try:
-                was_lost, reason = _watch(process, prepared, list(models), ports, should_stop, on_ready, follower)
+                was_lost, reason = _watch(process, prepared, list(models), ports, should_stop, ready, follower)
             finally:
                 # A server that lost its model's process would wait for it in vain.
                 _stop(process, prefix, grace_s=0 if was_lost and reason else grace_s)
+                backend_folder.server_has_ended()
             if not reason:
                 return
             restarts = restarts + 1 if time.monotonic() - started < LONG_LIFE_S else 1

@@ -116,7 +116,7 @@ def answers(url: str, model: str, wait_s: float, version: str = "") -> bool:
     from alignment.scoring import RewardClient
 
     with RewardClient(url, model, version) as client:
-        return not client.probe(wait_s)
+        return client.probe(wait_s) is None
 
 
 def responds(url: str, model: str, wait_s: float, version: str = "") -> bool:

@@ -1,6 +1,7 @@
-"""What a launcher that was killed could not remove: shared memory of its server, and its scratch folder.
+"""What a server that was killed could not remove: its shared memory, its launcher's scratch folder, its temporary one.
 
-Triton's own /tmp/python_env_* are left alone: nothing tells whose they are.
+The last is an empty /tmp/python_env_*, whatever TMPDIR says, which the python backend makes when a server starts.
+Nothing in it tells whose it is: where several servers start at the same time, theirs stay.
 """
 
 import os
@@ -9,7 +10,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY, TEMPORARY = Path("/dev/shm"), Path("/tmp")
 
 
 def owner() -> str:
@@ -31,6 +32,32 @@ def sweep(shared_memory: Path, scratch: Path) -> None:
         # Another user's are not ours to remove, another launcher may sweep too, a server may still be ending.
         with suppress(OSError):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+class BackendFolder:
+    """The temporary folder of a server: the only one that came between its start and its readiness, else unknown."""
+
+    def __init__(self, folder: Path = TEMPORARY) -> None:
+        self._folder = folder
+        self._before: set[Path] = set()
+        self._new: set[Path] = set()
+
+    def server_starts(self) -> None:
+        """Call this before the server is started."""
+        self._before, self._new = self._all(), set()
+
+    def server_is_ready(self) -> None:
+        """Call this once the server answers."""
+        self._new = self._all() - self._before
+
+    def server_has_ended(self) -> None:
+        """Remove the folder."""
+        if len(self._new) == 1:
+            with suppress(OSError):  # a server that was not killed has removed it
+                self._new.pop().rmdir()
+
+    def _all(self) -> set[Path]:
+        return set(self._folder.glob("python_env_*"))
 
 
 def _is_left(name: str, separator: str) -> bool:

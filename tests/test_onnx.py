@@ -1,6 +1,5 @@
-"""Reward models through ONNX Runtime: what is refused needs no package, the rest skips where there is none."""
+"""Reward models through ONNX Runtime, which requirements-dev.txt brings."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -15,11 +14,6 @@ from models.onnx_export import check_onnx, write_onnx
 from models.reward_export import export_version, read_version
 from models.reward_model import score_texts
 from reward_fixtures import MAX_TOKENS, served_repository, tiny_reward_model, tiny_serving
-
-with_packages = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in onnx_export.PACKAGES),
-    reason="requirements-onnx.txt is not installed",
-)
 
 
 def export(repository: Path, **changes: object) -> Path:
@@ -55,7 +49,6 @@ def test_it_does_not_go_with_a_model_laid_over_gpus(tmp_path):
         export(tmp_path, device_map="auto")
 
 
-@with_packages
 def test_the_graph_serves_the_rewards_of_the_weights_and_its_damage_is_seen(tmp_path):
     repository = tmp_path / "repository"
     version = export(repository)
@@ -73,7 +66,6 @@ def test_the_graph_serves_the_rewards_of_the_weights_and_its_damage_is_seen(tmp_
         read_version(repository, "m", "1")
 
 
-@with_packages
 def test_a_graph_that_differs_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_export, "TOLERANCE", -1.0)
     with pytest.raises(ModelError, match=r"outputs of 1 texts of 3 tokens differ by .* set reward\.runtime to torch"):

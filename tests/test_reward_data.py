@@ -72,8 +72,42 @@ def test_what_is_left_out_is_counted_by_source(tmp_path):
     data = read_reward_data(config(tmp_path, source, f"reward_training.held_out={held_out}"))
     assert data.left_out == {"train": {"identical": 1, "malformed": 1}, str(held_out): {"prompt_trained_on": 1}}
     assert [e.answers for e in data.measured[str(held_out)]] == [("good 5", "bad 5")]
-    with pytest.raises(DataError, match="the prompts of all its 1 pairs were trained on"):
+    with pytest.raises(DataError, match=r"all of its 1 pairs are left out \(1 prompt_trained_on\): name other data"):
         read_reward_data(config(tmp_path, source, f"reward_training.held_out={tmp_path / 'pairs.jsonl'}"))
+
+
+def test_what_measures_shares_no_prompt_with_the_set_that_chooses_the_checkpoint(tmp_path):
+    def source(name, *prompts):
+        write(tmp_path / f"{name}.jsonl", [pair(prompt, i) for i, prompt in enumerate(prompts)])
+        return str(tmp_path / f"{name}.jsonl")
+
+    train, chooses, also = source("train", "a", "b"), source("chooses", "b", "c", "d"), source("also", "d", "e")
+    held_out = source("held_out", "a", "c", "e", "f")
+    sets = [f"reward_training.validation=[{chooses}, {also}]", f"reward_training.held_out={held_out}"]
+    data = read_reward_data(config(tmp_path, f"reward_training.train={train}", *sets))
+    prompts = {name: [e.texts[0].partition("good")[0] for e in part] for name, part in data.validation.items()}
+    assert prompts == {chooses: ["c", "d"], also: ["d", "e"]}
+    # "e" only reports on the training; "c" had a say in which checkpoint is measured.
+    assert [e.texts[0] for e in data.measured[held_out]] == ["egood 2", "fgood 3"]
+    assert data.left_out[held_out] == {"prompt_trained_on": 1, "prompt_chose_checkpoint": 1}
+    with pytest.raises(DataError, match=r"all of its 3 pairs are left out \(1 prompt_trained_on, 2 prompt_chose_check"):
+        read_reward_data(
+            config(tmp_path, f"reward_training.train={train}", sets[0], f"reward_training.held_out={chooses}")
+        )
+
+
+def test_a_validation_set_shares_no_prompt_with_the_test_share(tmp_path):
+    train = write(tmp_path / "pairs.jsonl", [pair(f"question {i}?", i) for i in range(40)])
+    write(tmp_path / "same.jsonl", [pair(f"question {i}?", i) for i in range(41)])
+    sets = ("reward_training.test_share=0.5", f"reward_training.validation=[{tmp_path / 'same.jsonl'}]")
+    data = read_reward_data(config(tmp_path, train, *sets))
+    tested = len(data.measured[TEST])
+    assert data.left_out[str(tmp_path / "same.jsonl")] == {
+        "prompt_trained_on": 40 - tested,
+        "prompt_of_test_share": tested,
+    }
+    (left,) = data.validation[str(tmp_path / "same.jsonl")]
+    assert left.texts[0] == "question 40?good 40"
 
 
 def test_plain_texts_are_split_by_the_lines_that_both_begin_with(tmp_path):

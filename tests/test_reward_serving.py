@@ -352,7 +352,7 @@ def test_settings_that_could_not_serve_are_refused_at_export(tmp_path, changes, 
 class StandInError:
     """Stands in for Triton's error, which holds text that is UTF-8 and no other."""
 
-    INVALID_ARG, INTERNAL = "INVALID_ARG", "INTERNAL"
+    INVALID_ARG, INTERNAL, CANCELLED = "INVALID_ARG", "INTERNAL", "CANCELLED"
 
     def __init__(self, text: str, code: str) -> None:
         try:
@@ -370,6 +370,15 @@ def served_code() -> ModuleType:
     triton.Tensor = lambda name, values: SimpleNamespace(name=name, values=values)
     triton.get_input_tensor_by_name = lambda request, _: SimpleNamespace(as_numpy=lambda: np.array(request, object))
     return triton_module(ROOT / "triton_repo" / "reward_model" / "1" / "model.py", triton)
+
+
+class StandInRequest(list):
+    """A request of conversations, of a client that waits for it or has given up."""
+
+    cancelled = False
+
+    def is_cancelled(self) -> bool:
+        return self.cancelled
 
 
 class StandInCounter:
@@ -396,6 +405,10 @@ def in_process(served_code: ModuleType) -> Any:
     return model
 
 
+def execute(model: Any, *requests: list[bytes]) -> Any:
+    return model.execute([StandInRequest(request) for request in requests])
+
+
 def rewards_or_error(response: SimpleNamespace) -> Any:
     error = getattr(response, "error", None)
     return (error.code, error.text) if error else response.output_tensors[0].values.reshape(-1).tolist()
@@ -403,7 +416,7 @@ def rewards_or_error(response: SimpleNamespace) -> Any:
 
 def test_an_error_that_quotes_half_a_surrogate_pair_is_one_requests_alone(in_process):
     bad = json.dumps([{"role": "\ud83d", "content": "x" * 2000}]).encode()
-    answers = in_process.execute([[by_ids(1, 2)], [bad], [by_ids(3)]])
+    answers = execute(in_process, [by_ids(1, 2)], [bad], [by_ids(3)])
     refused = "conversation 0: reward.template failed on it (TemplateError: role ?)"
     assert [rewards_or_error(a) for a in answers] == [[3.0], ("INVALID_ARG", refused), [3.0]]
 
@@ -413,7 +426,7 @@ def test_an_error_that_nobody_foresaw_is_one_requests_alone(in_process):
         raise OSError("x" * 2000)
 
     in_process.template = SimpleNamespace(render=render)
-    answers = in_process.execute([[by_ids(1, 2)], [by_text("a")], [by_ids(3)]])
+    answers = execute(in_process, [by_ids(1, 2)], [by_text("a")], [by_ids(3)])
     assert [rewards_or_error(a) for a in answers] == [[3.0], ("INTERNAL", "OSError: " + "x" * 991), [3.0]]
     assert in_process.counters["reward_requests_refused_total"].value == 1
 
@@ -421,14 +434,14 @@ def test_an_error_that_nobody_foresaw_is_one_requests_alone(in_process):
 def test_a_huge_conversation_is_refused_alone_before_it_is_read(in_process):
     longest = 1 << 18
     fits, huge = b"[" * longest, b"[" * (longest + 1)
-    first, second, neighbour = in_process.execute([[fits], [by_ids(1), huge], [by_ids(3)]])
+    first, second, neighbour = execute(in_process, [fits], [by_ids(1), huge], [by_ids(3)])
     assert "conversation 0: not JSON" in rewards_or_error(first)[1]
     refused = "conversation 1: it has 262145 bytes, and this version reads at most 262144"
     assert rewards_or_error(second) == ("INVALID_ARG", refused)
     assert rewards_or_error(neighbour) == [3.0]
     assert in_process.counters["reward_requests_refused_total"].value == 2
     in_process.settings["max_tokens"] = 5000  # 64 bytes for each are more
-    (longer,) = in_process.execute([[huge]])
+    (longer,) = execute(in_process, [huge])
     assert "not JSON" in rewards_or_error(longer)[1]
 
 
@@ -443,7 +456,7 @@ def test_a_forward_pass_that_fails_fails_the_rows_that_it_fails_on_alone(in_proc
         return (input_ids * mask).sum(1).float().numpy()
 
     in_process.forward = forward
-    answers = in_process.execute([[by_ids(1, 2)], [by_ids(3), by_ids(9)], [by_ids(4), by_ids(5)]])
+    answers = execute(in_process, [by_ids(1, 2)], [by_ids(3), by_ids(9)], [by_ids(4), by_ids(5)])
     failed = ("INTERNAL", "conversation 1: RuntimeError: no room for (1, 1)")
     assert [rewards_or_error(a) for a in answers] == [[3.0], failed, [4.0, 5.0]]
     assert sorted(shapes) == [(1, 1)] * 4 + [(1, 2), (5, 2)]
@@ -457,5 +470,13 @@ def test_a_reward_that_is_not_finite_is_not_another_rows_failure(in_process):
         return np.full(len(input_ids), np.nan, dtype=np.float32)
 
     in_process.forward = forward
-    texts = [rewards_or_error(a)[1] for a in in_process.execute([[by_ids(9)], [by_ids(3)]])]
+    texts = [rewards_or_error(a)[1] for a in execute(in_process, [by_ids(9)], [by_ids(3)])]
     assert texts == ["conversation 0: RuntimeError: no room", "conversation 0: the model's output is not finite"]
+
+
+def test_what_no_client_waits_for_is_not_computed(in_process):
+    given_up = StandInRequest([by_ids(7, 8)])
+    given_up.cancelled = True
+    answers = in_process.execute([StandInRequest([by_ids(1, 2)]), given_up, StandInRequest([by_ids(3)])])
+    assert [rewards_or_error(a) for a in answers] == [[3.0], ("CANCELLED", "its client has given up"), [3.0]]
+    assert in_process.counters["reward_tokens_real_total"].value == 3

@@ -145,7 +145,7 @@ class StandInTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
 
         texts = [t.decode() for t in deserialize_bytes_tensor(request.raw_input_contents[0])]
         self.versions_asked.append(request.model_version)
-        if texts == [json.dumps(scoring.CANARY)]:
+        if texts == [scoring.CANARY]:
             if self.canary_faults:
                 context.abort(*self.canary_faults.pop())
             time.sleep(self.canary_delays.pop() if self.canary_delays else 0)

@@ -1,7 +1,6 @@
 """2,000 texts are scored while everything around them fails: each gets its own reward, none a wrong one or two."""
 
 import os
-import re
 import signal
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,9 +36,9 @@ def server(tmp_path_factory):
     repository = tmp_path_factory.mktemp("faults") / "triton_repo"
     export_tiny(repository)
     config = repository / "reward_model" / "config.pbtxt"
-    text, changed = re.subn(r"max_queue_size: \d+", "max_queue_size: 16", config.read_text())
-    assert changed == 1
-    config.write_text(text)
+    text, batching = config.read_text(), "dynamic_batching {"
+    assert text.count(batching) == 1
+    config.write_text(text.replace(batching, f"{batching} default_queue_policy {{ max_queue_size: 16 }}"))
     with served_repository(repository, "--follow") as running:
         yield running
 

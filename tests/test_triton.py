@@ -53,10 +53,12 @@ def read_json(url: str) -> dict:
         return json.load(response)
 
 
-def infer(client: triton.InferenceServerClient, *texts: bytes, version: str = "") -> triton.InferResult:
+def infer(
+    client: triton.InferenceServerClient, *texts: bytes, version: str = "", timeout_s: float = 30
+) -> triton.InferResult:
     tensor = triton.InferInput("conversation", [len(texts), 1], "BYTES")
     tensor.set_data_from_numpy(np.array(texts, dtype=np.object_).reshape(-1, 1))
-    return client.infer("reward_model", [tensor], model_version=version, client_timeout=30)
+    return client.infer("reward_model", [tensor], model_version=version, client_timeout=timeout_s)
 
 
 def good(text: str) -> bytes:
@@ -120,6 +122,30 @@ def test_a_bad_request_fails_alone(served_reward_model, bad, message):
     with pytest.raises(InferenceServerException, match=re.escape(message)) as caught:
         refused.result()
     assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+
+
+def test_what_no_client_waits_for_is_not_computed(tmp_path):
+    def real_tokens() -> float:
+        with urllib.request.urlopen(server.metrics_url, timeout=10) as response:
+            text = response.read().decode()
+        return float(re.search(r"^reward_tokens_real_total\{.*\} (\S+)$", text, re.M)[1])
+
+    def give_up(_: int) -> None:
+        with pytest.raises(InferenceServerException, match="Deadline Exceeded"):
+            infer(client, good("x" * 40), timeout_s=0.5)
+
+    export_tiny(tmp_path / "repository")
+    with served_repository(tmp_path / "repository") as server:
+        (stub,) = (pid for pid in descendants(server.pid) if "stub" in command_line(pid).split("\0")[0])
+        client = triton.InferenceServerClient(server.url)
+        before = real_tokens()
+        os.kill(stub, signal.SIGSTOP)  # stands in for a long batch
+        with ThreadPoolExecutor(20) as pool:
+            list(pool.map(give_up, range(20)))
+        os.kill(stub, signal.SIGCONT)
+        assert infer(client, good("ab")).as_numpy("num_tokens").tolist() == [[11]]
+        # A text of theirs has 49 tokens; the launcher may have sent a canary or two meanwhile.
+        assert real_tokens() - before < 20 * 49 / 2
 
 
 def test_nobody_can_manage_the_server(served_reward_model):

@@ -11,7 +11,7 @@ from alignment.errors import RewardServerError
 from infra import triton, triton_follow, triton_health
 from infra.triton_follow import Follower
 from infra.triton_health import HUNG_S, PULSE_S, IndexEntry, feel_pulse, loading_failure
-from infra.triton_leftovers import owner, sweep
+from infra.triton_leftovers import BackendFolder, owner, sweep
 from infra.triton_setup import Ports, Prepared, drop_deleted, link_version, prepare, servable_versions
 
 PULSES = 10
@@ -215,3 +215,17 @@ def test_only_what_dead_launchers_left_is_swept(tmp_path):
     left = {path.name for path in tmp_path.iterdir()}
     assert before - left == {f"triton-{dead}-x", f"triton_{dead}_ab12", f"triton-{dead}-link"}
     assert (tmp_path / "tritonx" / "repository").is_dir()
+
+
+@pytest.mark.parametrize("others", [(), ("another",)])
+def test_a_servers_temporary_folder_goes_with_it_where_it_is_surely_its_own(tmp_path, others):
+    (tmp_path / "python_env_before").mkdir()
+    folder = BackendFolder(tmp_path)
+    folder.server_starts()
+    for name in ("own", *others):
+        (tmp_path / f"python_env_{name}").mkdir()
+    folder.server_is_ready()
+    (tmp_path / "python_env_later").mkdir()
+    folder.server_has_ended()
+    kept = {"python_env_before", "python_env_later", *(f"python_env_{name}" for name in others)}
+    assert {path.name for path in tmp_path.iterdir()} == kept | ({"python_env_own"} if others else set())

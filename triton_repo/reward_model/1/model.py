@@ -88,6 +88,10 @@ class TritonPythonModel:
         rows, slices, errors = [], [], []
         for request in requests:
             start = len(rows)
+            if request.is_cancelled():
+                slices.append(slice(start, start))
+                errors.append(triton_error("its client has given up", pb_utils.TritonError.CANCELLED))
+                continue
             try:
                 rows += self.read(request)
                 errors.append(None)
