@@ -30,6 +30,7 @@ INPUTS = (
         ("judge", "train_pairs"),
         ("judge", "held_out_pairs"),
     ),
+    *(("evaluation", "model"), ("evaluation", "base"), ("evaluation", "prompts"), ("evaluation", "lm_eval_tasks")),
 )
 """Fields that may name local files."""
 DEFAULT_PRESET = str(SOURCE_ROOT / "configs" / "imdb_sentiment.yaml")
@@ -62,9 +63,13 @@ def parse_preset(text: str) -> dict[str, Any]:
         values["reward"]["repository"] = _absolute(values["reward"]["repository"])
     for section, name in INPUTS:
         source = values[section][name]
-        if source and Path(source).expanduser().exists():  # else a built-in, an s3:// or a hub's name
-            values[section][name] = _absolute(source)
+        values[section][name] = [_placed(one) for one in source] if isinstance(source, list) else _placed(source)
     return values
+
+
+def _placed(source: str | None) -> str | None:
+    """A local file or folder by its absolute path; a built-in, an s3:// or a hub's name as it is."""
+    return _absolute(source) if source and Path(source).expanduser().exists() else source
 
 
 def _absolute(path: str) -> str:

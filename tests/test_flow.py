@@ -117,6 +117,21 @@ def test_the_reward_model_flow_finds_what_the_same_recipe_made(place, undisturbe
     assert "reward_model" in (folder / "report.html").read_text()
 
 
+def test_evaluating_the_run_again_finds_the_same(place, undisturbed):
+    done = place.run("run", flow="evaluate_flow", evaluation__model=undisturbed.folder.name, **SETTINGS)
+    assert done.status == 0, done.output
+    assert "version 1 of reward_model was made by this recipe" in done.output
+    assert "[##########] measuring KL 16/16" in done.output
+    folder = (place.root / "evaluations" / "latest").resolve()
+    assert f"evaluations/{folder.name}/report.html" in done.output and (folder / "report.html").stat().st_size > 0
+    report, before = json.loads((folder / "report.json").read_text()), undisturbed.report
+    for one in (report, before):
+        del one["evaluation"]["seconds"]
+    assert report["evaluation"] == before["evaluation"]
+    assert report["checkpoint"] == before["checkpoint"] and report["base"] == before["base"]
+    assert (place.root / "latest").resolve() == undisturbed.folder  # an evaluation is no run to go on from
+
+
 def test_one_wandb_run_over_all_processes(undisturbed):
     ids = {p.name.rsplit("-", 1)[1] for p in (undisturbed.folder / "wandb").glob("offline-run-*")}
     assert ids == {undisturbed.folder.name}
