@@ -3,12 +3,15 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from alignment.embedded import OnNote, policy_folder
 from alignment.errors import CheckpointError, ConfigError
 from alignment.run_folder import RunFolder
 from alignment.types import Checkpoint
+
+if TYPE_CHECKING:
+    from models.policy import PromptFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +51,14 @@ def find_policy(name: str, *, root: str | Path, key: str, on_note: OnNote | None
     return PolicySource(Checkpoint(str(source), digest, 0), None, None)
 
 
-def prompt_format_of(source: PolicySource, asked: str | None) -> str:
+def prompt_format_of(source: PolicySource, asked: "PromptFormat | None") -> "PromptFormat":
     """How a policy reads prompts: as asked, else as trained, else as a chat where its tokenizer has a template."""
     if asked is not None:
         return asked
     trained = ((source.run_config or {}).get("policy") or {}).get("prompt_format")
     if trained in ("text", "chat"):
-        return str(trained)
+        form: PromptFormat = trained
+        return form
     from models.policy import load_reader
 
     return "chat" if load_reader(source.checkpoint.uri, prompt_format="text").tokenizer.chat_template else "text"
