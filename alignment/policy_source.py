@@ -38,7 +38,7 @@ def find_policy(name: str, *, root: str | Path, key: str, on_note: OnNote | None
     for path in (Path(name).expanduser(), Path(root) / name):
         if (path / "checkpoints").is_dir():
             run = RunFolder(path.resolve())
-            checkpoint = best_checkpoint(run.checkpoints, run.validations())
+            checkpoint = best_checkpoint(run.checkpoints, _validated(run))
             if checkpoint is None:
                 raise CheckpointError(f"{key} ({name}): {run.path} has no finished checkpoint: resume that run")
             return _of_a_run(checkpoint)
@@ -62,6 +62,17 @@ def prompt_format_of(source: PolicySource, asked: "PromptFormat | None") -> "Pro
     from models.policy import load_reader
 
     return "chat" if load_reader(source.checkpoint.uri, prompt_format="text").tokenizer.chat_template else "text"
+
+
+def _validated(run: RunFolder) -> dict[int, float]:
+    """Step to how good it was found: the reward, or minus the loss where a run validates by that (SFT)."""
+    found: dict[int, float] = {}
+    for record in run.read_metrics():
+        if record.get("kind") == "validation":
+            value = record.get("reward_mean", -record["loss"] if "loss" in record else None)
+            if value is not None:
+                found.setdefault(record["step"], value)
+    return found
 
 
 def _of_a_run(checkpoint: Checkpoint) -> PolicySource:

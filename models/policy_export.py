@@ -15,6 +15,7 @@ The policy is a run (its best checkpoint by validation), a checkpoint, `smollm2-
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -99,6 +100,8 @@ def _json(values: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Command line: 0 when a version was written, 1 when it could not be."""
     options = _parser().parse_args(arguments)
+    # DeepSpeed, which transformers imports, would otherwise look for an accelerator and warn that it found none.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         print(_export(options))
     except AlignmentError as error:

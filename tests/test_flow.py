@@ -125,9 +125,14 @@ def test_evaluating_the_run_again_finds_the_same(place, undisturbed):
     folder = (place.root / "evaluations" / "latest").resolve()
     assert f"evaluations/{folder.name}/report.html" in done.output and (folder / "report.html").stat().st_size > 0
     report, before = json.loads((folder / "report.json").read_text()), undisturbed.report
-    for one in (report, before):
-        del one["evaluation"]["seconds"]
-    assert report["evaluation"] == before["evaluation"]
+    rows, rows_before = (json.loads((f / "evaluation.json").read_text()) for f in (folder, undisturbed.folder))
+    assert rows == [
+        # A server that batches dynamically may differ in the last bits.
+        row | {key: pytest.approx(row[key], abs=1e-5) for key in ("base_reward", "aligned_reward")}
+        for row in rows_before
+    ]
+    assert set(report["evaluation"]) == set(before["evaluation"])
+    assert report["evaluation"]["win_rate"] == before["evaluation"]["win_rate"]
     assert report["checkpoint"] == before["checkpoint"] and report["base"] == before["base"]
     assert (place.root / "latest").resolve() == undisturbed.folder  # an evaluation is no run to go on from
 

@@ -50,6 +50,9 @@ def test_a_run_means_its_best_checkpoint_by_validation(run: Path) -> None:
         assert find(name, run.parent) == (str(best), 2, digest)
     (run / "metrics.jsonl").unlink()
     assert find("latest", run.parent)[1] == 4
+    losses = [{"kind": "validation", "step": step, "loss": loss} for step, loss in ((2, 1.0), (4, 2.0))]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in losses))
+    assert find("latest", run.parent)[1] == 2  # supervised fine-tuning validates by its loss
 
 
 def test_a_checkpoint_means_itself_and_knows_its_run(run: Path) -> None:
