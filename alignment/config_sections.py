@@ -18,8 +18,8 @@ def _exact_float(value: Any) -> Any:
     return value
 
 
-def _version_text(value: Any) -> Any:
-    """YAML reads `2` as a number; a version is a name that happens to be one."""
+def _name_text(value: Any) -> Any:
+    """YAML reads `2` as a number; a version, or a run's id, is a name that happens to be one."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -36,7 +36,7 @@ def _one_source(value: Any) -> Any:
 
 
 Number = Annotated[float, BeforeValidator(_exact_float)]
-Version = Annotated[str, BeforeValidator(_version_text)]
+Name = Annotated[str, BeforeValidator(_name_text)]
 Clock = Annotated[str, BeforeValidator(_clock_text), Field(pattern=r"^\d+:[0-5]?\d:[0-5]?\d:[0-5]?\d$")]
 Mixture = Annotated[dict[str, Annotated[Number, Field(gt=0)]], BeforeValidator(_one_source), Field(min_length=1)]
 
@@ -63,7 +63,7 @@ class RunSection(Section):
 
 
 class ResumeSection(Section):
-    from_: str | None = Field(None, alias="from")
+    from_: Name | None = Field(None, alias="from")
     """A run to go on from in a new run of another config: its id under run.root or its folder; null: the base."""
 
 
@@ -132,7 +132,7 @@ class RewardSection(Section):
     """Triton model repository that exports go to; null means <run.root>/triton_repo."""
     url: str | None = None
     """host:port of an external Triton's gRPC; null starts one on loopback for as long as a task scores."""
-    version: Version = Field("", pattern=r"^\d*$")
+    version: Name = Field("", pattern=r"^\d*$")
     """Version to score with, as it was exported; empty takes this recipe's (or the server's newest with `url`)."""
     grpc_port: int = Field(0, ge=0, le=65535)
     """Loopback port of the local server's gRPC; 0 picks a free one."""
@@ -314,6 +314,16 @@ class EvaluationSection(Section):
     """Held-out prompts that judge the result; disjoint from validation's."""
     best_of_n: int = Field(8, ge=1)
     """n of the best-of-n baseline; n + 1 base responses are sampled per prompt."""
+    prompts: str | None = None
+    """Source of evaluation prompts alone, a test split; null takes them from `prompts.held_out`."""
+    model: Name = "latest"
+    """What evaluate_flow.py evaluates: a run (id or folder), a checkpoint, or what `policy.model` may name."""
+    base: Name | None = None
+    """What it is compared to, named in the same ways; null means `policy.model`."""
+    lm_eval_tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness for both, by name or .yaml file; takes requirements-lm-eval.txt."""
+    lm_eval_limit: int | None = Field(None, ge=1)
+    """Examples read of each of those tasks; null reads all."""
 
 
 class ResourcesSection(Section):

@@ -33,6 +33,7 @@ def task_of(config: Config) -> dict[str, Any]:
         "rollouts.num_rollout_samples": config.rollouts.num_rollout_samples,
         "validation.num_prompts": config.validation.num_prompts,
         "evaluation.num_prompts": config.evaluation.num_prompts,
+        "evaluation.prompts": config.evaluation.prompts,
     }
     return kept
 

@@ -39,17 +39,18 @@ _CHAT_TEMPLATE = (
 OnNote = Callable[[str], None]
 
 
-def policy_folder(source: str, cache: Path, on_note: OnNote | None = None) -> Path | str:
+def policy_folder(source: str, cache: Path, on_note: OnNote | None = None, *, key: str = "policy.model") -> Path | str:
     """The folder (or hub name) to load a causal language model and its tokenizer from.
 
-    `on_note` receives one line before work that takes seconds. Raises ModelError for a missing package, a
-    folder without a model or an unknown name, DiskError where the cache cannot be written.
+    `on_note` receives one line before work that takes seconds; `key` is what errors call the source. Raises
+    ModelError for a missing package, a folder without a model or an unknown name, DiskError where the cache cannot
+    be written.
     """
     if source == "smollm2-135m":
         return _smollm2_folder(cache, on_note)
     if source == "tiny":
         return _cached(cache, f"tiny-policy-{FORMAT}", _write_tiny_policy)
-    return _folder_or_hub_name(source, key="policy.model", known="smollm2-135m, tiny")
+    return _folder_or_hub_name(source, key=key, known="smollm2-135m, tiny")
 
 
 def reward_model_folder(source: str, cache: Path) -> Path | str:

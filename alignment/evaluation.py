@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from alignment import statistics
+from alignment.preference_statistics import length_controlled_win_rate, sign_test
+from alignment.response_quality import refusal_fraction, repetition, self_bleu, truncated_fraction
 from alignment.rollouts import generate, in_prompt_order
 from alignment.scoring import RewardClient, score_rollouts
 from alignment.types import Prompt, ScoredRollout
@@ -72,8 +74,16 @@ def sample_and_score(
     )
 
 
+def same_tokens(aligned: Policy, base: Policy) -> bool:
+    """Whether a token id means the same to both policies: without that there is no KL from one to the other."""
+    sizes = {policy.model.config.get_text_config().vocab_size for policy in (aligned, base)}
+    return len(sizes) == 1 and aligned.reader.tokenizer.get_vocab() == base.reader.tokenizer.get_vocab()
+
+
 @torch.inference_mode()
-def kl_to_base(aligned: Policy, base: Policy, samples: Sequence[ScoredRollout]) -> list[float]:
+def kl_to_base(
+    aligned: Policy, base: Policy, samples: Sequence[ScoredRollout], on_progress: Progress | None = None
+) -> list[float]:
     """Exact KL to the base along each sample, in nats: the sum over its tokens, the ending one included."""
     values: list[float] = []
     for start in range(0, len(samples), KL_ROWS):
@@ -83,21 +93,29 @@ def kl_to_base(aligned: Policy, base: Policy, samples: Sequence[ScoredRollout]) 
         )
         divergence = token_kl(response_logits(aligned.model, batch), response_logits(base.model, batch))
         values.extend(torch.where(batch.response_mask, divergence, 0.0).sum(-1).tolist())
+        if on_progress is not None:
+            on_progress(len(values), len(samples))
     return values
 
 
-def evaluation(base: Samples, aligned: Samples, kl: Sequence[float]) -> dict[str, Any]:
-    """The `evaluation` part of report.json, from n + 1 samples of the base and one of the aligned a prompt."""
+def evaluation(base: Samples, aligned: Samples, kl: Sequence[float] | None) -> dict[str, Any]:
+    """The `evaluation` part of report.json, from n + 1 samples of the base and one of the aligned a prompt.
+
+    `kl` is that of each aligned sample, None where the two have no token ids in common.
+    """
     best_of_n = len(base.rollouts[0]) - 1
     base_first, aligned_first = base.first(), aligned.first()
     base_reward, aligned_reward = _rewards(base_first), _rewards(aligned_first)
     base_judge, aligned_judge = [j[0] for j in base.judged], [j[0] for j in aligned.judged]
-    kl_mean = statistics.mean_difference(kl, [0.0] * len(kl))
+    kl_mean = None if kl is None else statistics.mean_difference(kl, [0.0] * len(kl))
+    lengths = [[float(len(r.response)) for r in side] for side in (aligned_first, base_first)]
     gains = {
         "reward_gain": statistics.mean_difference(aligned_reward, base_reward),
         "judge_gain": statistics.mean_difference(aligned_judge, base_judge),
         "win_rate": statistics.win_rate(aligned_reward, base_reward),
         "judge_win_rate": statistics.win_rate(aligned_judge, base_judge),
+        "length_controlled_win_rate": length_controlled_win_rate(aligned_reward, base_reward, *lengths),
+        "judge_length_controlled_win_rate": length_controlled_win_rate(aligned_judge, base_judge, *lengths),
     }
     by_reward, by_judge = statistics.best_of_n_win_rate(
         [[r.reward for r in group[1:]] for group in base.rollouts],
@@ -106,13 +124,15 @@ def evaluation(base: Samples, aligned: Samples, kl: Sequence[float]) -> dict[str
         base_judge,
     )
     result: dict[str, Any] = {
-        "prompts": len(kl),
+        "prompts": len(aligned_first),
         "base": _side(base_first, base_reward, base_judge),
         "aligned": {
             **_side(aligned_first, aligned_reward, aligned_judge),
-            "kl_to_base": kl_mean.value,
-            "kl_to_base_ci95": list(kl_mean.ci95),
+            "kl_to_base": None if kl_mean is None else kl_mean.value,
+            "kl_to_base_ci95": None if kl_mean is None else list(kl_mean.ci95),
         },
+        "sign_test": sign_test(aligned_reward, base_reward)._asdict(),
+        "judge_sign_test": sign_test(aligned_judge, base_judge)._asdict(),
         "best_of_n": {
             "n": best_of_n,
             "win_rate": by_reward,
@@ -125,8 +145,9 @@ def evaluation(base: Samples, aligned: Samples, kl: Sequence[float]) -> dict[str
     return result
 
 
-def paired_rows(base: Samples, aligned: Samples, kl: Sequence[float]) -> list[dict[str, Any]]:
+def paired_rows(base: Samples, aligned: Samples, kl: Sequence[float] | None) -> list[dict[str, Any]]:
     """One row a prompt: both responses with their scores; what later comparisons pair on."""
+    divergences = [None] * len(base.judged) if kl is None else kl
     return [
         {
             "prompt_id": b.prompt_id,
@@ -140,7 +161,7 @@ def paired_rows(base: Samples, aligned: Samples, kl: Sequence[float]) -> list[di
             "kl_to_base": nats,
         }
         for b, a, base_judge, aligned_judge, nats in zip(
-            base.first(), aligned.first(), base.judged, aligned.judged, kl, strict=True
+            base.first(), aligned.first(), base.judged, aligned.judged, divergences, strict=True
         )
     ]
 
@@ -150,9 +171,14 @@ def _rewards(rollouts: Sequence[ScoredRollout]) -> list[float]:
 
 
 def _side(rollouts: Sequence[ScoredRollout], rewards: Sequence[float], judged: Sequence[float]) -> dict[str, Any]:
+    texts = [r.response for r in rollouts]
     return {
         "reward_mean": sum(rewards) / len(rewards),
         "judge_mean": sum(judged) / len(judged),
         "response_length_mean": sum(r.num_tokens for r in rollouts) / len(rollouts),
-        "distinct_2": statistics.distinct_n([r.response for r in rollouts], 2),
+        "distinct_2": statistics.distinct_n(texts, 2),
+        "self_bleu": self_bleu(texts),
+        "repetition_4": repetition(texts, 4),
+        "truncated_fraction": truncated_fraction(rollouts),
+        "refusal_fraction": refusal_fraction(texts),
     }

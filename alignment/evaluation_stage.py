@@ -1,4 +1,6 @@
-"""The `evaluate` step: the best checkpoint against the base, and the report."""
+"""The `evaluate` step: a policy against a base, and the report. RSFlow evaluates its run's best checkpoint,
+EvaluateFlow whatever `evaluation.model` names; both measure it here.
+"""
 
 import time
 from collections.abc import Callable
@@ -6,9 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.config import Config
+from alignment.embedded import policy_folder
 from alignment.errors import CheckpointError
-from alignment.preparation import cache_folder, load_prompt_sets
-from alignment.progress import ProgressLines
+from alignment.lm_harness import check_tasks, run_tasks
+from alignment.policy_source import PolicySource, find_policy
+from alignment.preparation import cache_folder, load_prompts, prepare_evaluation
+from alignment.progress import PhaseLines
 from alignment.run_folder import RunFolder, write_json
 from alignment.task import claim_devices, served, tested_client, timed_task, tracker
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
@@ -28,26 +33,70 @@ def evaluate(
 
     `started` is the Unix time at which the run began.
     """
-    from alignment.evaluation import evaluation, paired_rows
-    from alignment.report import build_report, write_report
     from models.checkpoints import best_checkpoint
 
-    claim_devices(config)
     checkpoint = best_checkpoint(run.checkpoints, run.validations())
     if checkpoint is None:
         raise CheckpointError(f"{run.checkpoints} holds no finished checkpoint: resume the run")
+    base = str(policy_folder(config.policy.model, cache_folder(config)))
+    return evaluate_against(config, run, reward, judge, checkpoint, base, started), checkpoint
+
+
+def find_policies(config: Config, on_note: Callable[[str], None]) -> tuple[PolicySource, PolicySource]:
+    """What `evaluation.model` and `evaluation.base` name, verified. Raises AlignmentError."""
+    root, own = config.run.root, config.evaluation
+    model = find_policy(own.model, root=root, key="evaluation.model", on_note=on_note)
+    name, key = (own.base, "evaluation.base") if own.base else (config.policy.model, "policy.model")
+    base = find_policy(name, root=root, key=key, on_note=on_note)
+    on_note(f"evaluating {model.checkpoint.uri} against {base.checkpoint.uri}")
+    return model, base
+
+
+def prepare_prompts(config: Config, run: RunFolder, model: PolicySource, base: PolicySource) -> None:
+    """Write the evaluation's prompts, without those that either policy's run trained or was chosen on."""
+    seen = [
+        prompt
+        for source in (model, base)
+        if source.run is not None
+        for name in ("train", "validation")
+        if (source.run / "prompts" / f"{name}.jsonl").is_file()
+        for prompt in load_prompts(source.run, name)
+    ]
+    if model.run is None:
+        print(
+            f"no run of {model.checkpoint.uri} is known: it is not checked whether it has seen the evaluation's prompts"
+        )
+    prepare_evaluation(config, run.path, [model.checkpoint.uri, base.checkpoint.uri], seen, print)
+
+
+def evaluate_against(
+    config: Config,
+    run: RunFolder,
+    reward: RewardModelRef,
+    judge: JudgeRef,
+    checkpoint: Checkpoint,
+    base: str,
+    started: float,
+) -> dict[str, Any]:
+    """Measure `checkpoint` against `base`, a folder or hub name; write evaluation.json and the report; returns that."""
+    from alignment.evaluation import evaluation, paired_rows
+    from alignment.report import build_report, write_report
+
+    claim_devices(config)
+    check_tasks(config.evaluation.lm_eval_tasks)
     begun = time.monotonic()
     with timed_task(run, "evaluate"):
-        base, aligned, kl = _samples(config, run, reward, judge, checkpoint)
-        result, rows = evaluation(base, aligned, kl), paired_rows(base, aligned, kl)
+        of_base, of_aligned, kl, tasks = _measure(config, run, reward, judge, checkpoint, base)
+        result, rows = evaluation(of_base, of_aligned, kl), paired_rows(of_base, of_aligned, kl)
         write_json(run.path / "evaluation.json", rows)
     metrics = run.read_metrics()
     report = build_report(
         run_id=run.path.name,
         metrics=metrics,
-        evaluation={**result, "seconds": time.monotonic() - begun},
+        evaluation={**result, **tasks, "seconds": time.monotonic() - begun},
         reward_model=reward,
         judge=judge,
+        base=base,
         checkpoint=checkpoint,
         total_seconds=time.time() - started,
         setup_seconds=sum(r["seconds"] for r in metrics if r["kind"] == "task" and r["name"] in SETUP_TASKS),
@@ -55,38 +104,32 @@ def evaluate(
     write_report(run, report, [_sample(row) for row in rows])
     with tracker(config, run) as wandb_run:
         wandb_run.log_summary(report)
-    return report, checkpoint
+    return report
 
 
-def _samples(
-    config: Config, run: RunFolder, reward: RewardModelRef, judge_ref: JudgeRef, checkpoint: Checkpoint
-) -> tuple["Samples", "Samples", list[float]]:
-    """Scored samples of base and aligned policy, and the aligned samples' KL to the base in nats."""
+def _measure(
+    config: Config, run: RunFolder, reward: RewardModelRef, judge_ref: JudgeRef, checkpoint: Checkpoint, base_uri: str
+) -> tuple["Samples", "Samples", list[float] | None, dict[str, Any]]:
+    """Scored samples of base and aligned policy, the aligned samples' KL to the base in nats, and harness tasks."""
     import torch
 
-    from alignment.embedded import policy_folder
-    from alignment.evaluation import kl_to_base, sample_and_score
+    from alignment.evaluation import kl_to_base, same_tokens, sample_and_score
     from models.judge import load_judge
     from models.memory import keep_freed_memory
     from models.policy import load_policy
 
     torch.set_num_threads(config.resources.threads)
     keep_freed_memory()
-    device = "cuda" if config.resources.gpu else "cpu"
-    form = config.policy.prompt_format
-    progress = ProgressLines(checkpoint.step)
-
-    def reporter(phase: str) -> Callable[[int, int], None]:
-        event = {"kind": "phase", "step": checkpoint.step, "phase": phase}
-        return lambda done, total: progress.update({**event, "done": done, "total": total})
-
+    device, own = "cuda" if config.resources.gpu else "cpu", config.evaluation
+    prompts = load_prompts(run.path, "evaluation")
+    progress = PhaseLines(len(prompts) * (own.best_of_n + 3))  # base, aligned, KL
     with served(config, run, reward) as server:
-        base = load_policy(policy_folder(config.policy.model, cache_folder(config)), prompt_format=form, device=device)
-        aligned = load_policy(checkpoint.uri, prompt_format=form, device=device)
-        prompts, judge = load_prompt_sets(run.path).evaluation, load_judge(Path(judge_ref.uri))
-        with tested_client(
-            config, server, reward, lambda text: progress.update({"kind": "note", "text": text})
-        ) as client:
+        base, aligned = (
+            load_policy(uri, prompt_format=config.policy.prompt_format, device=device)
+            for uri in (base_uri, checkpoint.uri)
+        )
+        judge = load_judge(Path(judge_ref.uri))
+        with tested_client(config, server, reward, progress.note) as client:
             of_base, of_aligned = (
                 sample_and_score(
                     policy,
@@ -97,11 +140,39 @@ def _samples(
                     max_new_tokens=config.rollouts.max_new_tokens,
                     batch_rows=config.rollouts.batch_rows,
                     stream=f"{config.seed}/evaluation/{who}",
-                    on_progress=reporter(f"evaluating {who}"),
+                    on_progress=progress.phase(f"evaluating {who}"),
                 )
-                for who, policy, count in (("base", base, config.evaluation.best_of_n + 1), ("aligned", aligned, 1))
+                for who, policy, count in (("base", base, own.best_of_n + 1), ("aligned", aligned, 1))
             )
-    return of_base, of_aligned, kl_to_base(aligned, base, of_aligned.first())
+    kl = None
+    if same_tokens(aligned, base):
+        kl = kl_to_base(aligned, base, of_aligned.first(), progress.phase("measuring KL"))
+    else:
+        progress.note("the two have different tokenizers: there is no KL from one to the other")
+    return of_base, of_aligned, kl, _tasks(config, {"base": base, "aligned": aligned}, progress)
+
+
+def _tasks(config: Config, policies: dict[str, Any], progress: PhaseLines) -> dict[str, Any]:
+    """`lm_eval` of the report's evaluation: task to metric to the value of each policy; nothing without tasks."""
+    own = config.evaluation
+    if not own.lm_eval_tasks:
+        return {}
+    results = {}
+    for who, policy in policies.items():
+        progress.note(f"lm-evaluation-harness: {', '.join(own.lm_eval_tasks)} for {who}")
+        results[who] = run_tasks(
+            policy,
+            own.lm_eval_tasks,
+            limit=own.lm_eval_limit,
+            batch_rows=config.training.micro_batch_size,
+            seed=config.seed,
+        )
+    return {
+        "lm_eval": {
+            task: {metric: {who: results[who][task][metric] for who in policies} for metric in metrics}
+            for task, metrics in results["base"].items()
+        }
+    }
 
 
 def _sample(row: dict[str, Any]) -> "Sample":

@@ -5,16 +5,20 @@ sets are written to the run folder, so that workers, resumes and readers a year 
 """
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from alignment.atomic_files import json_text, write_text
 from alignment.config import Config
 from alignment.embedded import policy_folder
 from alignment.errors import DataError
-from alignment.prompts import exclude_overlap, read_order, read_prompts, split_held_out
+from alignment.prompts import evaluation_split, exclude_overlap, read_order, read_prompts, split_held_out
 from alignment.types import Prompt
+
+if TYPE_CHECKING:
+    from models.policy import PromptReader
 
 NAMES = ("train", "validation", "evaluation")
 
@@ -35,54 +39,106 @@ def cache_folder(config: Config) -> Path:
 
 def prepare(config: Config, run: Path, on_note: Callable[[str], None]) -> None:
     """Write the prompt sets of a run. Raises ConfigError, DataError or ModelError."""
-    from models.policy import check_context, load_reader
-
     cache = cache_folder(config)
-    reader = load_reader(policy_folder(config.policy.model, cache, on_note), prompt_format=config.policy.prompt_format)
-    check_context(
-        reader,
-        max_prompt_tokens=config.prompts.max_prompt_tokens,
-        max_new_tokens=config.rollouts.max_new_tokens,
-    )
+    fitting = _Fitting(config, [_reader(config, policy_folder(config.policy.model, cache, on_note))])
+    validation, evaluation = _held_out(config, fitting)
+    train, overlap = exclude_overlap(fitting.read(config.prompts.train, cache), [*validation, *evaluation])
+    fitting.excluded.extend(overlap)
+    train = fitting.keep(train, config.prompts.train)
+    read_order(len(train), num_rollout_samples=config.rollouts.num_rollout_samples, seed=config.seed, step=0)
+    _write(run, {"train": train, "validation": validation, "evaluation": evaluation}, fitting.excluded, on_note)
 
-    def fitting(prompts: Sequence[Prompt], source: str) -> list[Prompt]:
-        limit, kept = config.prompts.max_prompt_tokens, []
-        for prompt in prompts:
-            try:
-                length = len(reader.encode(reader.text(prompt)))
-            except DataError as error:
-                note(prompt.prompt_id, str(error))
-                continue
-            if 0 < length <= limit:
-                kept.append(prompt)
-            else:
-                note(prompt.prompt_id, f"{length} tokens, prompts.max_prompt_tokens is {limit}")
+
+def prepare_evaluation(
+    config: Config, run: Path, policies: Sequence[str], seen: Sequence[Prompt], on_note: Callable[[str], None]
+) -> None:
+    """Write the prompts that judge `policies` (folders or hub names), which were trained or chosen on `seen`.
+
+    They are the ones that a run of this config evaluates on; those among `seen` are left out and listed.
+    Raises ConfigError, DataError or ModelError.
+    """
+    fitting = _Fitting(config, [_reader(config, policy) for policy in policies])
+    _, evaluation = _held_out(config, fitting)
+    evaluation, overlap = exclude_overlap(evaluation, seen)
+    fitting.excluded.extend((i, reason.replace("held-out", "training or validation")) for i, reason in overlap)
+    if len(evaluation) < 2:
+        raise DataError(
+            f"{len(evaluation)} of the evaluation's prompts are new to the policy's run: "
+            "set evaluation.prompts to a source that the run has not seen"
+        )
+    _write(run, {"evaluation": evaluation}, fitting.excluded, on_note)
+
+
+@dataclass
+class _Fitting:
+    """Reads prompts and keeps those that all `readers` can read, with the reason for each of the others."""
+
+    config: Config
+    readers: Sequence["PromptReader"]
+    excluded: list[tuple[str, str]] = field(default_factory=list)
+
+    def read(self, source: str, cache: Path) -> list[Prompt]:
+        return read_prompts(source, cache, lambda prompt_id, reason: self.excluded.append((prompt_id, reason)))
+
+    def keep(self, prompts: Sequence[Prompt], source: str) -> list[Prompt]:
+        kept = [prompt for prompt in prompts if self._fits(prompt)]
         if not kept:
-            refused = excluded[-1][1] if excluded else "the source is empty"
+            refused = self.excluded[-1][1] if self.excluded else "the source is empty"
             raise DataError(
                 f"{source}: none of its {len(prompts)} prompts can be used; the last one: {refused}. "
                 "Raise prompts.max_prompt_tokens, or correct the prompts"
             )
         return kept
 
-    excluded: list[tuple[str, str]] = []
+    def _fits(self, prompt: Prompt) -> bool:
+        limit = self.config.prompts.max_prompt_tokens
+        try:
+            lengths = [len(reader.encode(reader.text(prompt))) for reader in self.readers]
+        except DataError as error:
+            self.excluded.append((prompt.prompt_id, str(error)))
+            return False
+        unfit = [length for length in lengths if not 0 < length <= limit]
+        if unfit:
+            self.excluded.append((prompt.prompt_id, f"{unfit[0]} tokens, prompts.max_prompt_tokens is {limit}"))
+        return not unfit
 
-    def note(prompt_id: str, reason: str) -> None:
-        excluded.append((prompt_id, reason))
 
-    held_out = fitting(read_prompts(config.prompts.held_out, cache, note), config.prompts.held_out)
+def _held_out(config: Config, fitting: _Fitting) -> tuple[list[Prompt], list[Prompt]]:
+    """(validation, evaluation) prompts; no text is in both."""
+    cache, test = cache_folder(config), config.evaluation.prompts
+    held_out = fitting.keep(fitting.read(config.prompts.held_out, cache), config.prompts.held_out)
     validation, evaluation = split_held_out(
         held_out,
         num_validation=config.validation.num_prompts,
-        num_evaluation=config.evaluation.num_prompts,
+        num_evaluation=0 if test else config.evaluation.num_prompts,
         seed=config.seed,
     )
-    train, overlap = exclude_overlap(read_prompts(config.prompts.train, cache, note), [*validation, *evaluation])
-    excluded.extend(overlap)
-    train = fitting(train, config.prompts.train)
-    read_order(len(train), num_rollout_samples=config.rollouts.num_rollout_samples, seed=config.seed, step=0)
+    if test:
+        split, overlap = exclude_overlap(fitting.keep(fitting.read(test, cache), test), validation)
+        fitting.excluded.extend(overlap)
+        evaluation = evaluation_split(split, num_evaluation=config.evaluation.num_prompts, seed=config.seed)
+    return validation, evaluation
 
-    for name, prompts in zip(NAMES, (train, validation, evaluation), strict=True):
+
+def _reader(config: Config, policy: Path | str) -> "PromptReader":
+    from models.policy import check_context, load_reader
+
+    reader = load_reader(policy, prompt_format=config.policy.prompt_format)
+    check_context(
+        reader,
+        max_prompt_tokens=config.prompts.max_prompt_tokens,
+        max_new_tokens=config.rollouts.max_new_tokens,
+    )
+    return reader
+
+
+def _write(
+    run: Path,
+    sets: Mapping[str, Sequence[Prompt]],
+    excluded: Sequence[tuple[str, str]],
+    on_note: Callable[[str], None],
+) -> None:
+    for name, prompts in sets.items():
         write_text(run / "prompts" / f"{name}.jsonl", "".join(_line(p) for p in prompts))
     write_text(
         run / "excluded_prompts.jsonl",
@@ -94,7 +150,12 @@ def prepare(config: Config, run: Path, on_note: Callable[[str], None]) -> None:
 
 def load_prompt_sets(run: Path) -> PromptSets:
     """The sets that `prepare` wrote."""
-    return PromptSets(*(_read(run / "prompts" / f"{name}.jsonl") for name in NAMES))
+    return PromptSets(*(load_prompts(run, name) for name in NAMES))
+
+
+def load_prompts(run: Path, name: str) -> tuple[Prompt, ...]:
+    """One of the sets."""
+    return _read(run / "prompts" / f"{name}.jsonl")
 
 
 def _line(prompt: Prompt) -> str:

@@ -99,6 +99,39 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+class PhaseLines:
+    """Shows a task of several phases on `stream`: `[####......] evaluating base 40/96 | 12 s left`.
+
+    `total` is the units of work of all phases together. There is a line every 10 s, and one at the end of a phase.
+    """
+
+    def __init__(self, total: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._total, self._clock = total, clock
+        self._stream = sys.stderr if stream is None else stream
+        self._begun = self._shown_at = clock()
+        self._done: dict[str, int] = {}
+
+    def phase(self, name: str) -> Callable[[int, int], None]:
+        """What a phase of this name reports to: how many of how many units are done."""
+        return lambda done, total: self._update(name, done, total)
+
+    def note(self, text: str) -> None:
+        """A line that is no progress."""
+        self._stream.write("".join(c if c.isprintable() else " " for c in text) + "\n")
+        self._stream.flush()
+
+    def _update(self, name: str, done: int, total: int) -> None:
+        now, self._done[name] = self._clock(), done
+        if done < total and now - self._shown_at < QUIET_SECONDS:
+            return
+        self._shown_at = now
+        overall = sum(self._done.values())
+        filled = BAR * overall // self._total
+        left = (now - self._begun) * (self._total - overall) / overall if overall else 0.0
+        ending = f" | {duration(left)} left" if 0 < overall < self._total else ""
+        self.note(f"[{'#' * filled}{'.' * (BAR - filled)}] {name} {done}/{total}{ending}")
+
+
 class ProgressLines:
     """Shows the events of a run on `stream` (by default standard error)."""
 

@@ -62,10 +62,7 @@ def split_held_out(
 
     Raises ConfigError when there are too few.
     """
-    first_of_text: dict[tuple[tuple[str, str], ...], Prompt] = {}
-    for i in _permutation(len(prompts), f"{seed}:held_out"):
-        first_of_text.setdefault(_text(prompts[i]), prompts[i])
-    distinct = list(first_of_text.values())
+    distinct = _distinct(prompts, f"{seed}:held_out")
     if len(distinct) < num_validation + num_evaluation:
         raise ConfigError(
             f"validation.num_prompts ({num_validation}) + evaluation.num_prompts ({num_evaluation}) must be <= the "
@@ -74,8 +71,27 @@ def split_held_out(
     return distinct[:num_validation], distinct[num_validation : num_validation + num_evaluation]
 
 
+def evaluation_split(prompts: Sequence[Prompt], *, num_evaluation: int, seed: int) -> list[Prompt]:
+    """Evaluation prompts from a source of their own, chosen as `split_held_out` chooses. Raises ConfigError."""
+    distinct = _distinct(prompts, f"{seed}:test")
+    if len(distinct) < num_evaluation:
+        raise ConfigError(
+            f"evaluation.num_prompts ({num_evaluation}) must be <= the {len(distinct)} distinct prompts of "
+            "evaluation.prompts that are not validation's: lower it or name a larger source"
+        )
+    return distinct[:num_evaluation]
+
+
+def _distinct(prompts: Sequence[Prompt], seed: str) -> list[Prompt]:
+    """The prompts in a seeded order, no text twice."""
+    first_of_text: dict[tuple[tuple[str, str], ...], Prompt] = {}
+    for i in _permutation(len(prompts), seed):
+        first_of_text.setdefault(_text(prompts[i]), prompts[i])
+    return list(first_of_text.values())
+
+
 def exclude_overlap(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> tuple[list[Prompt], list[tuple[str, str]]]:
-    """Training prompts whose text is no held-out prompt's, and (prompt_id, reason) of the others."""
+    """Prompts whose text is no held-out prompt's, and (prompt_id, reason) of the others."""
     held_out_ids = {_text(prompt): prompt.prompt_id for prompt in held_out}
     kept = [prompt for prompt in train if _text(prompt) not in held_out_ids]
     excluded = [

@@ -22,12 +22,20 @@ STEP_KEYS = ("step", *REWARD_KEYS, "loss", "grad_norm", "lr")
 SHADOW_KEYS = ("judge_mean", "selected_judge_mean")
 PHASES = ("rollouts", "scoring", "update")
 VALIDATION_KEYS = ("step", "reward_mean", "judge_mean")
-POLICY_KEYS = ("reward_mean", "judge_mean", "response_length_mean", "distinct_2")
+POLICY_KEYS = (
+    *("reward_mean", "judge_mean", "response_length_mean", "distinct_2"),
+    *("self_bleu", "repetition_4", "truncated_fraction", "refusal_fraction"),
+)
+ESTIMATES = (
+    *("reward_gain", "judge_gain", "win_rate", "judge_win_rate"),
+    *("length_controlled_win_rate", "judge_length_controlled_win_rate"),
+)
 EVALUATION_KEYS = (
     "prompts",
     *(f"{policy}.{key}" for policy in ("base", "aligned") for key in POLICY_KEYS),
     *("aligned.kl_to_base", "aligned.kl_to_base_ci95"),
-    *(f"{name}{ci}" for name in ("reward_gain", "judge_gain", "win_rate", "judge_win_rate") for ci in ("", "_ci95")),
+    *(f"{name}{ci}" for name in ESTIMATES for ci in ("", "_ci95")),
+    *(f"{test}.{key}" for test in ("sign_test", "judge_sign_test") for key in ("wins", "losses", "ties", "p_value")),
     *(f"best_of_n.{key}" for key in ("n", "win_rate", "judge_win_rate", "kl_bound")),
 )
 """What the evaluation must measure, as dotted paths. It may hold more, e.g. its own `seconds`."""
@@ -53,11 +61,12 @@ def build_report(
     evaluation: Mapping[str, Any],
     reward_model: RewardModelRef,
     judge: JudgeRef,
+    base: str,
     checkpoint: Checkpoint,
     total_seconds: float,
     setup_seconds: float,
 ) -> dict[str, Any]:
-    """The content of report.json, from the records of metrics.jsonl and the evaluation of `checkpoint`.
+    """The content of report.json, from the records of metrics.jsonl and the evaluation of `checkpoint` against `base`.
 
     A step's `seconds.validation` is that of the validation after it, 0.0 without one. In `seconds`, the
     overhead is what is left of the total after setup, the phases, all validations and `evaluation.seconds`
@@ -89,6 +98,7 @@ def build_report(
         "reward_model": {key: getattr(reward_model, key) for key in ("name", "version", "digest", "accuracy")},
         "judge": {"name": judge.name, "accuracy": judge.accuracy},
         "seconds": seconds,
+        "base": {"uri": base},
         "checkpoint": {"uri": checkpoint.uri, "sha256": checkpoint.sha256, "step": checkpoint.step},
     }
 
@@ -128,7 +138,7 @@ def verdict(report: Mapping[str, Any]) -> str:
 
 
 def summary(report: Mapping[str, Any], page: str) -> str:
-    """At most 13 lines for the terminal; `page` is where report.html lies."""
+    """At most 14 lines for the terminal; `page` is where report.html lies."""
     e, seconds = report["evaluation"], report["seconds"]
     best = e["best_of_n"]
     lines = [f"run {report['run_id']}: {verdict(report)}"]
@@ -141,13 +151,21 @@ def summary(report: Mapping[str, Any], page: str) -> str:
         lines.append(f"  {label:<10} {before:.3f} → {after:.3f}, gain {gain:+.3f} (95% {low:+.3f} to {high:+.3f})")
     lines.append(f"  win rate   {e['win_rate']:.1%} by reward, {e['judge_win_rate']:.1%} by the judge")
     lines.append(
+        f"  the same at equal length {e['length_controlled_win_rate']:.1%} and "
+        f"{e['judge_length_controlled_win_rate']:.1%}; sign test p = {e['sign_test']['p_value']:.2g} and "
+        f"{e['judge_sign_test']['p_value']:.2g}"
+    )
+    lines.append(
         f"  best of {best['n']:<2} {best['win_rate']:.1%} by reward, {best['judge_win_rate']:.1%} by the judge"
     )
-    low, high = e["aligned"]["kl_to_base_ci95"]
-    lines.append(
-        f"  KL to base {e['aligned']['kl_to_base']:.2f} nats per response (95% {low:.2f} to {high:.2f}); "
-        f"best of {best['n']}: at most {best['kl_bound']:.2f}"
-    )
+    if e["aligned"]["kl_to_base"] is None:
+        lines.append("  KL to base undefined: the two have different tokenizers")
+    else:
+        low, high = e["aligned"]["kl_to_base_ci95"]
+        lines.append(
+            f"  KL to base {e['aligned']['kl_to_base']:.2f} nats per response (95% {low:.2f} to {high:.2f}); "
+            f"best of {best['n']}: at most {best['kl_bound']:.2f}"
+        )
     phases = {k: v for k, v in seconds.items() if k != "total"}
     if "seconds" in e:
         phases["evaluation"] = e["seconds"]

@@ -81,7 +81,7 @@ def _charts(report: Mapping[str, Any]) -> list[Chart]:
     return [
         line_chart("rewards", "Mean reward by step", "RS step", "mean reward", rewards),
         line_chart("judge", "Mean judge score by step", "RS step", "mean judge score", judged),
-        _frontier(report["evaluation"]),
+        *([] if report["evaluation"]["aligned"]["kl_to_base"] is None else [_frontier(report["evaluation"])]),
     ]
 
 

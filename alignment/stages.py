@@ -12,7 +12,7 @@ from alignment.atomic_files import write_json
 from alignment.config import Config
 from alignment.run_folder import RunFolder, create
 from alignment.task import claim_devices, timed_task
-from alignment.types import JudgeRef, RewardModelRef
+from alignment.types import Checkpoint, JudgeRef, RewardModelRef
 
 
 def begin(config: Config, run_id: str, resumed_id: str | None = None) -> tuple[str, dict[str, int]]:
@@ -109,3 +109,42 @@ def train_sft(config: Config, run_path: str, data: list[dict[str, Any]], started
     run = RunFolder(Path(run_path))
     train(config, run, print)
     return finish(config, run, data, started)
+
+
+def begin_evaluation(config: Config, run_id: str, resumed_id: str | None = None) -> tuple[str, dict[str, Any], str]:
+    """Lay out a folder in <run.root>/evaluations, find both policies and write the prompts.
+
+    Returns the folder's path, a reference to the policy that is evaluated, and the base's folder or hub name.
+    """
+    from alignment.continuation import first_id
+    from alignment.evaluation_stage import find_policies, prepare_prompts
+    from alignment.inputs import check_inputs
+    from alignment.lm_harness import check_tasks
+
+    check_tasks(config.evaluation.lm_eval_tasks)
+    model, base = find_policies(config, print)
+    # A folder of their own: `latest` goes on to mean the newest run that trained.
+    root = Path(config.run.root) / "evaluations"
+    run = create(root, first_id(root, run_id, resumed_id), config.model_dump_json(indent=2))
+    with timed_task(run, "start"):
+        check_inputs(config)
+        prepare_prompts(config, run, model, base)
+    return str(run.path), asdict(model.checkpoint), base.checkpoint.uri
+
+
+def run_evaluation_of(
+    config: Config,
+    run_path: str,
+    reward: dict[str, Any],
+    judge: dict[str, Any],
+    model: dict[str, Any],
+    base: str,
+    started: float,
+) -> dict[str, Any]:
+    """Evaluate a policy that `begin_evaluation` found, and report; returns the report."""
+    from alignment.evaluation_stage import evaluate_against
+
+    run = RunFolder(Path(run_path))
+    return evaluate_against(
+        config, run, RewardModelRef(**reward), JudgeRef(**judge), Checkpoint(**model), base, started
+    )

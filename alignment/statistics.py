@@ -59,8 +59,16 @@ def win_rate(aligned: Floats, base: Floats, *, draws: int = DRAWS, seed: int = 0
 
     Scores are compared rounded to 4 decimals, as selection compares them. Raises DataError.
     """
-    wins = _wins(aligned, base)
+    wins = preferences(aligned, base)
     return Estimate(float(wins.mean()), paired_bootstrap(wins, draws=draws, seed=seed))
+
+
+def preferences(aligned: Floats, base: Floats) -> npt.NDArray[np.float64]:
+    """1 where `aligned` (P,) is higher, 0.5 at a tie, 0 where it is lower, compared rounded; (P,). Raises DataError."""
+    a, b = (np.round(_vector(x, name), REWARD_DECIMALS) for x, name in ((aligned, "aligned"), (base, "base")))
+    _same_length(a, b)
+    wins: npt.NDArray[np.float64] = (np.sign(a - b) + 1) / 2
+    return wins
 
 
 def best_of_n_kl_bound(n: int) -> float:
@@ -89,8 +97,8 @@ def best_of_n_win_rate(
     if rewards.shape != judge.shape:
         raise DataError(f"pool_rewards {rewards.shape} and judge_pool {judge.shape} must have the same shape (P, n)")
     best = np.round(rewards, REWARD_DECIMALS).argmax(axis=1)[:, None]
-    by_reward = _wins(np.take_along_axis(rewards, best, axis=1)[:, 0], opponent)
-    by_judge = _wins(np.take_along_axis(judge, best, axis=1)[:, 0], judge_opponent)
+    by_reward = preferences(np.take_along_axis(rewards, best, axis=1)[:, 0], opponent)
+    by_judge = preferences(np.take_along_axis(judge, best, axis=1)[:, 0], judge_opponent)
     return float(by_reward.mean()), float(by_judge.mean())
 
 
@@ -101,14 +109,6 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     """
     grams = [tuple(words[i : i + n]) for words in (text.split() for text in texts) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
-
-
-def _wins(aligned: Floats, base: Floats) -> npt.NDArray[np.float64]:
-    """1 where `aligned` is higher, 0.5 at a tie, 0 where it is lower; (P,)."""
-    a, b = (np.round(_vector(x, name), REWARD_DECIMALS) for x, name in ((aligned, "aligned"), (base, "base")))
-    _same_length(a, b)
-    wins: npt.NDArray[np.float64] = (np.sign(a - b) + 1) / 2
-    return wins
 
 
 def _paired(aligned: Floats, base: Floats) -> npt.NDArray[np.float64]:

@@ -32,6 +32,7 @@ INPUTS = (
         ("sft", "validation"),
         ("training", "sft_mix"),
     ),
+    *(("evaluation", "model"), ("evaluation", "base"), ("evaluation", "prompts"), ("evaluation", "lm_eval_tasks")),
 )
 """Fields that may name local files."""
 DEFAULT_PRESET = str(SOURCE_ROOT / "configs" / "imdb_sentiment.yaml")
@@ -64,15 +65,14 @@ def parse_preset(text: str) -> dict[str, Any]:
         values["reward"]["repository"] = _absolute(values["reward"]["repository"])
     for section, name in INPUTS:
         source = values[section][name]
-        if source:
-            values[section][name] = _absolute_if_there(source)
-    values["sft"]["train"] = {_absolute_if_there(name): weight for name, weight in values["sft"]["train"].items()}
+        values[section][name] = [_placed(one) for one in source] if isinstance(source, list) else _placed(source)
+    values["sft"]["train"] = {_placed(name): weight for name, weight in values["sft"]["train"].items()}
     return values
 
 
-def _absolute_if_there(source: str) -> str:
-    """A local file's absolute path; a built-in, an s3:// or a hub's name as it is."""
-    return _absolute(source) if Path(source).expanduser().exists() else source
+def _placed(source: str | None) -> str | None:
+    """A local file or folder by its absolute path; a built-in, an s3:// or a hub's name as it is."""
+    return _absolute(source) if source and Path(source).expanduser().exists() else source
 
 
 def _absolute(path: str) -> str:

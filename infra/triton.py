@@ -1,4 +1,4 @@
-"""Serve exported reward models on this machine, with the Triton that the `nvidia-pytriton` wheel carries.
+"""Serve exported models on this machine, with the Triton that the `nvidia-pytriton` wheel carries.
 
     python -m infra.triton --repository runs/triton_repo [--follow]
 

@@ -115,8 +115,42 @@ def answers(url: str, model: str, wait_s: float, version: str = "") -> bool:
         return False
     from alignment.scoring import RewardClient
 
+    if _takes_prompts(url, model):
+        return _answers_a_prompt(url, model, wait_s, version)
     with RewardClient(url, model, version) as client:
         return client.probe(wait_s) is None
+
+
+def _takes_prompts(url: str, model: str) -> bool:
+    """Whether it is a policy; False while the server does not say."""
+    import tritonclient.grpc as triton
+
+    try:
+        with triton.InferenceServerClient(url) as client:
+            metadata: Any = client.get_model_metadata(model, client_timeout=CANARY_S)
+    except triton.InferenceServerException:
+        return False
+    return any(one.name == "prompt" for one in metadata.inputs)
+
+
+def _answers_a_prompt(url: str, model: str, wait_s: float, version: str) -> bool:
+    """Whether a policy answers with one token. Raises RewardServerError where it refuses that."""
+    import numpy as np
+    import tritonclient.grpc as triton
+
+    inputs = [triton.InferInput("prompt", [1, 1], "BYTES"), triton.InferInput("max_new_tokens", [1, 1], "INT32")]
+    inputs[0].set_data_from_numpy(np.array([[b"canary"]], dtype=np.object_))
+    inputs[1].set_data_from_numpy(np.array([[1]], dtype=np.int32))
+    try:
+        with triton.InferenceServerClient(url) as client:
+            client.infer(model, inputs, model_version=version, client_timeout=wait_s)
+    except triton.InferenceServerException as error:
+        if error.status() == "StatusCode.INVALID_ARGUMENT":
+            raise RewardServerError(
+                f"{model} at {url} cannot answer a plain prompt ({error.message()}): export it again"
+            ) from error
+        return False
+    return True
 
 
 def responds(url: str, model: str, wait_s: float, version: str = "") -> bool:

@@ -51,7 +51,7 @@ def servable_versions(repository: Path, model: str | None = None, version: str |
         wanted = f"{model or 'any model'}{f' version {version}' if version else ''}"
         raise RewardServerError(
             f"no exported version of {wanted} in {repository}: `python flows/rs_flow.py run` exports one "
-            "(to reward.repository, by default runs/triton_repo)"
+            "(to reward.repository, by default runs/triton_repo); `python -m models.policy_export` exports a policy"
         )
     return found
 

@@ -245,6 +245,14 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def folder_digest(folder: Path) -> str:
+    """Digest of the weights of any model folder, as `weights_sha256` of a manifest gives it; raises CheckpointError."""
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise CheckpointError(f"{folder} holds no safetensors: save it with safe_serialization, as transformers does")
+    return _weights_digest({path.name: {"sha256": sha256_file(path)} for path in weights})
+
+
 def _checked(manifest: Any, folder: Path) -> dict[str, Any]:
     """The manifest if it has the shape that readers rely on. Raises CheckpointError."""
     path = folder / "manifest.json"

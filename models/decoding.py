@@ -130,6 +130,25 @@ def sample(
     return [samples[i * n : (i + 1) * n] for i in range(num_prompts)]
 
 
+@torch.inference_mode()
+def stream(
+    model: PreTrainedModel, prompt: TokenIds, uniforms: Tensor, sampling: Sampling, *, eos_ids: Sequence[int]
+) -> Iterator[int]:
+    """The tokens of one response as they are drawn, the ending one included: those of `sample` for the same numbers.
+
+    Shape: uniforms (max_new_tokens,) in [0, 1).
+    """
+    device = next(model.parameters()).device
+    prompt_ids, mask = left_pad([prompt], pad_id=eos_ids[0], device=device)
+    logits, cache = _prefill(model, prompt_ids, mask, n=1, room=sampling.max_new_tokens)
+    for t in range(sampling.max_new_tokens):
+        drawn = draw(logits, uniforms[None, t].to(device), sampling)
+        yield int(drawn)
+        if int(drawn) in eos_ids or t + 1 == sampling.max_new_tokens:
+            return
+        logits = model(input_ids=drawn[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
+
+
 def _prefill(model: PreTrainedModel, prompt_ids: Tensor, mask: Tensor, *, n: int, room: int) -> tuple[Tensor, Cache]:
     """The logits after each prompt and its cache, both repeated for n samples. Shape: logits (P × n, V)."""
     cache = DynamicCache(config=model.config)

@@ -100,14 +100,19 @@ def load_reader(source: str | Path, *, prompt_format: PromptFormat, chat_templat
 
 
 def load_policy(
-    source: str | Path, *, prompt_format: PromptFormat, device: str = "cpu", chat_template: str | None = None
+    source: str | Path,
+    *,
+    prompt_format: PromptFormat,
+    device: str = "cpu",
+    chat_template: str | None = None,
+    as_stored: bool = False,
 ) -> Policy:
-    """A policy from a model folder or a hub name: fp32 on a CPU, bf16 on a GPU; `chat_template` as in `load_reader`.
+    """A policy from a model folder or a hub name: fp32 on a CPU, bf16 on a GPU, or in the type it is stored in.
 
-    Raises ModelError naming the folder and the remedy.
+    `chat_template` as in `load_reader`. Raises ModelError naming the folder and the remedy.
     """
     reader = load_reader(source, prompt_format=prompt_format, chat_template=chat_template)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    dtype = "auto" if as_stored else torch.float32 if device == "cpu" else torch.bfloat16
     with _named_errors(source):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
         model = model.to(torch.device(device))  # type: ignore[arg-type]

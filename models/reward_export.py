@@ -89,7 +89,7 @@ def export_version(
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _write_config(folder, name, serving)
-        version = _claim(folder)
+        version = claim_version(folder)
         build = folder / f".building-{version}"
         try:
             digest = _build(build, model, tokenizer, serving)
@@ -121,7 +121,7 @@ def read_version(repository: Path, name: str, version: str) -> RewardModelRef:
             "`python flows/rs_flow.py run` exports one"
         )
     card = read_card(folder)
-    digest = _digest(folder)
+    digest = weights_digest(folder)
     if digest != card.get("digest"):
         raise ModelError(
             f"{folder} has the digest {digest}, its card.json says {card.get('digest')}: "
@@ -157,10 +157,10 @@ def _build(build: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     elsewhere = ("template", "instances")
     _write_json(build / "settings.json", {k: v for k, v in asdict(serving).items() if k not in elsewhere})
     settle_files(build)
-    return _digest(build)
+    return weights_digest(build)
 
 
-def _claim(folder: Path) -> str:
+def claim_version(folder: Path) -> str:
     """Take the next number. mkdir is atomic, also on network file systems; an abandoned claim skips a number."""
     claims = folder / ".claims"
     claims.mkdir(exist_ok=True)
@@ -192,7 +192,7 @@ def _write_config(folder: Path, name: str, serving: Serving) -> None:
     write_text(folder / "config.pbtxt", text)
 
 
-def _digest(version: Path) -> str:
+def weights_digest(version: Path) -> str:
     """sha256 over the safetensors files by name, then the graph if any; of one file, what `sha256sum` prints."""
     files = sorted((version / "weights").glob("*.safetensors"))
     if not files:

@@ -27,6 +27,7 @@ from alignment.errors import AlignmentError
 from alignment.judge_stage import prepare_judge
 from alignment.lifeline import Stop
 from alignment.preparation import load_prompt_sets
+from alignment.progress import PhaseLines
 from alignment.reward_stage import prepare_reward_model
 from alignment.reward_training import build_trainer
 from alignment.run_folder import RunFolder
@@ -420,8 +421,27 @@ def samples_per_prompt(config: Config) -> list[int]:
         contextlib.suppress(Seen),
     ):
         external = config.model_copy(update={"reward": config.reward.model_copy(update={"url": "stand-in:1"})})
-        evaluation_stage._samples(external, run, reference(config), judge, Checkpoint(base, "", 1))
+        evaluation_stage._measure(external, run, reference(config), judge, Checkpoint(base, "", 1), base)
     return seen
+
+
+def evaluated(config: Config) -> tuple[str, str]:
+    """The checkpoint and the base that the evaluation finds."""
+    model, base = evaluation_stage.find_policies(config, lambda _: None)
+    return model.checkpoint.uri, base.checkpoint.uri
+
+
+def harness_asked(config: Config) -> list[tuple[Any, ...]]:
+    """Tasks and limits that the evaluation gives to lm-evaluation-harness, of which a stand-in takes the place."""
+    asked = []
+
+    def run_tasks_stand_in(_: Any, tasks: Any, *, limit: Any, **__: Any) -> dict[str, Any]:
+        asked.append((tasks, limit))
+        return {task: {"acc": 0.5} for task in tasks}
+
+    with patch.object(evaluation_stage, "run_tasks", run_tasks_stand_in):
+        evaluation_stage._tasks(config, {"base": None, "aligned": None}, PhaseLines(1, io.StringIO()))
+    return asked
 
 
 def wandb_run(config: Config) -> list[str]:

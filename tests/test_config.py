@@ -139,6 +139,12 @@ def test_a_truth_value_passes_for_no_number_and_no_text(override: str) -> None:
     assert message(override).startswith(f"{key} (") and message(override).endswith("write a number, or text in quotes")
 
 
+def test_a_run_may_be_named_by_an_id_that_is_a_number() -> None:
+    config = load_config(SMOKE, ["resume.from=1795700511161709", "evaluation.model=7", "evaluation.base=8"])
+    named = (config.resume.from_, config.evaluation.model, config.evaluation.base)
+    assert named == ("1795700511161709", "7", "8")
+
+
 def test_a_section_that_stands_there_twice_is_refused() -> None:
     with pytest.raises(ConfigError, match="training stands there twice"):
         parse_config("training: {lr: 1e-5}\nloop: {}\ntraining: {zero_stage: 1}")
@@ -192,6 +198,8 @@ SLOW = (*VALIDATED, "reward_training.val_check_interval=1", "reward_training.epo
 CHAT = ("policy.prompt_format=chat",)
 CHAT_DATA = "sft.train={root}/chat.jsonl"
 NO_VALIDATION = ("sft.validation=null",)
+RUN = ("evaluation.model=tiny",)
+TASKS = ("evaluation.lm_eval_tasks=[colours]",)
 # {root} and {port} stand for the folder of the runs and a free port.
 EFFECTS = {
     "seed": Effect(1, see.column("prompt_id")),
@@ -320,6 +328,11 @@ EFFECTS = {
     "validation.num_prompts": Effect(4, see.num_prompts("validation"), 4),
     "evaluation.num_prompts": Effect(10, see.num_prompts("evaluation"), 10),
     "evaluation.best_of_n": Effect(2, see.samples_per_prompt, [3]),
+    "evaluation.prompts": Effect("{root}/prompts.jsonl", see.first_words("evaluation"), {"question"}),
+    "evaluation.model": Effect("{root}/policy", see.evaluated, ("{root}/policy", "{root}/cache/tiny-policy-1"), RUN),
+    "evaluation.base": Effect("{root}/policy", see.evaluated, also=RUN),
+    "evaluation.lm_eval_tasks": Effect(["colours"], see.harness_asked, [(("colours",), None)] * 2),
+    "evaluation.lm_eval_limit": Effect(5, see.harness_asked, [(("colours",), 5)] * 2, TASKS),
     "resources.gpu": Effect(8, see.cluster_request, ("8", "1.0", "8000.0M"), MEMORY),
     "resources.cpu": Effect(3, see.cluster_request, ("0", "3.0", "8000.0M"), MEMORY),
     "resources.memory": Effect(12345, see.cluster_request, ("0", "1.0", "12345.0M"), MEMORY),
@@ -401,6 +414,8 @@ def test_each_field_changes_what_the_program_does(field: str, bench: Any) -> Non
     value, look, becomes, also = EFFECTS[field]
 
     def placed(item: Any) -> Any:
+        if isinstance(item, tuple):
+            return tuple(placed(one) for one in item)
         if not isinstance(item, str | Path):
             return item
         return type(item)(str(item).replace("{root}", str(bench[0])).replace("{port}", bench[1]))

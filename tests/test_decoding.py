@@ -7,7 +7,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from alignment.rollouts import uniforms
 from models.batching import response_batch, response_logits
-from models.decoding import Sampling, batches, draw, sample
+from models.decoding import Sampling, batches, draw, sample, stream
 from tiny import EOS, VOCABULARY, random_rows, tiny_llama
 
 PROMPTS = random_rows([3, 9, 5, 1])
@@ -45,6 +45,15 @@ def test_samples_are_those_of_a_plain_loop(temperature):
     assert [[(s.token_ids, s.finish_reason) for s in row] for row in got] == expected
     reasons = [s.finish_reason for row in got for s in row]
     assert {"stop", "length"} == set(reasons)  # both ways to end, and rows were dropped on the way
+
+
+def test_a_stream_gives_the_tokens_of_the_sample():
+    model, sampling = tiny_llama(), Sampling(40, temperature=1.5, top_p=0.9)
+    numbers = numbers_for(PROMPTS, 2, 40)
+    for prompt, rows in zip(PROMPTS, numbers, strict=True):
+        (expected,) = sample(model, [prompt], rows[None], sampling, eos_ids=[EOS])
+        got = [tuple(stream(model, prompt, row, sampling, eos_ids=[EOS])) for row in rows]
+        assert got == [one.token_ids for one in expected]
 
 
 def test_a_sample_does_not_depend_on_its_batch():

@@ -117,6 +117,26 @@ def test_the_reward_model_flow_finds_what_the_same_recipe_made(place, undisturbe
     assert "reward_model" in (folder / "report.html").read_text()
 
 
+def test_evaluating_the_run_again_finds_the_same(place, undisturbed):
+    done = place.run("run", flow="evaluate_flow", evaluation__model=undisturbed.folder.name, **SETTINGS)
+    assert done.status == 0, done.output
+    assert "version 1 of reward_model was made by this recipe" in done.output
+    assert "[##########] measuring KL 16/16" in done.output
+    folder = (place.root / "evaluations" / "latest").resolve()
+    assert f"evaluations/{folder.name}/report.html" in done.output and (folder / "report.html").stat().st_size > 0
+    report, before = json.loads((folder / "report.json").read_text()), undisturbed.report
+    rows, rows_before = (json.loads((f / "evaluation.json").read_text()) for f in (folder, undisturbed.folder))
+    assert rows == [
+        # A server that batches dynamically may differ in the last bits.
+        row | {key: pytest.approx(row[key], abs=1e-5) for key in ("base_reward", "aligned_reward")}
+        for row in rows_before
+    ]
+    assert set(report["evaluation"]) == set(before["evaluation"])
+    assert report["evaluation"]["win_rate"] == before["evaluation"]["win_rate"]
+    assert report["checkpoint"] == before["checkpoint"] and report["base"] == before["base"]
+    assert (place.root / "latest").resolve() == undisturbed.folder  # an evaluation is no run to go on from
+
+
 def test_one_wandb_run_over_all_processes(undisturbed):
     ids = {p.name.rsplit("-", 1)[1] for p in (undisturbed.folder / "wandb").glob("offline-run-*")}
     assert ids == {undisturbed.folder.name}

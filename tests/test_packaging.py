@@ -90,6 +90,7 @@ def test_the_inner_flow_is_packaged_whole_from_the_package(packed: Place) -> Non
          {"start", "rollouts", "scoring", "selection", "update", "validation", "end"},
          {"rollouts", "update", "validation"}),
         ("sft_flow", {"start", "train", "end"}, {"train"}),
+        ("evaluate_flow", {"start", "reward-model", "evaluate", "end"}, {"reward-model", "evaluate"}),
     ],
 )  # fmt: skip
 def test_argo_workflows_compiles_the_flow(flow: str, steps: set[str], with_gpus: set[str]) -> None:

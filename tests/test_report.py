@@ -16,7 +16,7 @@ from alignment.run_folder import create
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
 
 KEYS = {
-    "": "run_id steps alarms validation evaluation reward_model judge seconds checkpoint",
+    "": "run_id steps alarms validation evaluation reward_model judge seconds base checkpoint",
     "steps": "step reward_mean selected_reward_mean response_length_mean truncated_fraction loss grad_norm lr seconds",
     "steps.shadow": "judge_mean selected_judge_mean scoring_server",
     "steps.scoring_server": "mean_batch queue_ms compute_ms failures real_over_padded restarted",
@@ -55,7 +55,9 @@ def metrics() -> list[dict[str, Any]]:
 
 def evaluation() -> dict[str, Any]:
     base = {"reward_mean": 0.4, "judge_mean": 0.1, "response_length_mean": 23.0, "distinct_2": 0.91}
+    base |= {"self_bleu": 0.12, "repetition_4": 0.01, "truncated_fraction": 0.9, "refusal_fraction": 0.02}
     aligned = {"reward_mean": 1.0, "judge_mean": 0.3, "response_length_mean": 22.0, "distinct_2": 0.85}
+    aligned |= {"self_bleu": 0.25, "repetition_4": 0.04, "truncated_fraction": 0.8, "refusal_fraction": 0.0}
     return {
         "prompts": 96,
         "base": base,
@@ -68,6 +70,12 @@ def evaluation() -> dict[str, Any]:
         "win_rate_ci95": [0.7, 0.86],
         "judge_win_rate": 0.625,
         "judge_win_rate_ci95": [0.53, 0.72],
+        "length_controlled_win_rate": 0.75,
+        "length_controlled_win_rate_ci95": [0.65, 0.84],
+        "judge_length_controlled_win_rate": 0.6,
+        "judge_length_controlled_win_rate_ci95": [0.5, 0.7],
+        "sign_test": {"wins": 75, "losses": 21, "ties": 0, "p_value": 2.6e-8},
+        "judge_sign_test": {"wins": 58, "losses": 34, "ties": 4, "p_value": 0.0161},
         "best_of_n": {"n": 8, "win_rate": 0.89, "judge_win_rate": 0.7, "kl_bound": 1.2044},
         "seconds": 7.0,
     }
@@ -80,6 +88,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "evaluation": evaluation(),
         "reward_model": RewardModelRef("reward_model", "3", "ab12", "runs/triton_repo", 0.81),
         "judge": JudgeRef("rotten_tomatoes judge", "runs/judge", 0.74),
+        "base": "runs/cache/smollm2",
         "checkpoint": Checkpoint("runs/7/checkpoints/step-2", "cd34", 2),
         "total_seconds": 60.0,
         "setup_seconds": 12.0,
@@ -228,6 +237,7 @@ def test_the_summary_fits_the_terminal() -> None:
     assert len(lines) <= 12
     assert lines[1] == "  reward     0.400 → 1.000, gain +0.600 (95% +0.400 to +0.800)"
     assert lines[3] == "  win rate   78.1% by reward, 62.5% by the judge"
+    assert lines[4] == "  the same at equal length 75.0% and 60.0%; sign test p = 2.6e-08 and 0.016"
     assert "KL to base 1.23 nats per response (95% 1.00 to 1.50); best of 8: at most 1.20" in text
     assert "time       1 min 00 s: setup 12 s, rollouts 9 s" in text
     assert lines[-1].endswith("runs/7/report.html")
@@ -363,7 +373,34 @@ def test_an_alarm_stands_in_the_report_and_above_the_result() -> None:
     assert alarm["step"] == 3 and alarm["text"].startswith("the mean reward has risen in 3 validations")
     assert page(built).values["alarms.3"] == alarm["text"]
     assert "alarm      at RS step 3: the judge does not follow the reward" in summary(built, "report.html")
-    assert len(summary(built, "report.html").splitlines()) <= 13
+    assert len(summary(built, "report.html").splitlines()) <= 14
+
+
+def charts(seen: Page) -> int:
+    return sum(attributes.get("role") == "img" for _, attributes in seen.elements)
+
+
+def test_an_evaluation_alone_has_no_empty_tables_and_names_its_base() -> None:
+    alone = page(report(metrics=[{"kind": "task", "name": "start", "seconds": 5.0}]))
+    assert [tag for tag, _ in alone.elements].count("table") == 2
+    assert charts(alone) == 1
+    assert alone.values["base.uri"] == "runs/cache/smollm2"
+    assert "Course of the run" not in alone.text and "RS step" not in alone.text
+
+
+def test_without_common_tokens_there_is_no_kl() -> None:
+    without = evaluation()
+    without["aligned"] |= {"kl_to_base": None, "kl_to_base_ci95": None}
+    built = report(evaluation=without)
+    assert "KL to base undefined: the two have different tokenizers" in summary(built, "report.html")
+    assert "undefined: the two have different tokenizers" in page(built).text
+    assert charts(page(built)) == charts(page()) - 1  # no plot of win rate against KL
+
+
+def test_harness_tasks_stand_beside_each_other() -> None:
+    tasks = {"colours": {"acc": {"base": 0.25, "aligned": 0.5}, "perplexity": {"base": 11.0, "aligned": 12.0}}}
+    text = page(report(evaluation=evaluation() | {"lm_eval": tasks})).text
+    assert re.search(r"colours\s*acc\s*0\.250\s*0\.500\s*colours\s*perplexity\s*11\.000\s*12\.000", text)
 
 
 def test_a_run_without_steps_still_has_a_page() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from alignment.errors import ConfigError, DiskError, ModelError
-from models.reward_export import Serving, _claim, complete_versions, export_version, find_version, read_version
+from models.reward_export import Serving, claim_version, complete_versions, export_version, find_version, read_version
 from models.reward_model import encode, load_reward_model, micro_batches, render, score_texts
 from reward_fixtures import MAX_TOKENS, TEMPLATE, export_tiny, tiny_reward_model, triton_module
 
@@ -199,7 +199,7 @@ def test_exporters_side_by_side_get_different_versions(tmp_path):
     (tmp_path / "claims").mkdir()
     with ThreadPoolExecutor(8) as pool:
         # Many, for the moment between looking and taking is short.
-        assert len(set(pool.map(lambda _: _claim(tmp_path / "claims"), range(400)))) == 400
+        assert len(set(pool.map(lambda _: claim_version(tmp_path / "claims"), range(400)))) == 400
         versions = list(pool.map(lambda seed: export_tiny(tmp_path, seed=seed), range(6)))
     assert sorted(versions) == ["1", "2", "3", "4", "5", "6"]
     assert complete_versions(tmp_path, "reward_model") == sorted(versions)

@@ -1,0 +1,82 @@
+"""Which weights a name means: a run's best checkpoint, a checkpoint, an embedded model, a model folder, a hub's."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignment.embedded import OnNote, policy_folder
+from alignment.errors import CheckpointError, ConfigError
+from alignment.run_folder import RunFolder
+from alignment.types import Checkpoint
+
+if TYPE_CHECKING:
+    from models.policy import PromptFormat
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySource:
+    """What to load, and where it comes from.
+
+    `checkpoint.uri` is a folder or a hub name; its `step` is 0 and its `sha256` that of the weights where no run
+    wrote it, empty for a hub's. `run` is the run whose folder it lies in; `run_config` what it was trained with.
+    """
+
+    checkpoint: Checkpoint
+    run: Path | None
+    run_config: dict[str, Any] | None
+
+
+def find_policy(name: str, *, root: str | Path, key: str, on_note: OnNote | None = None) -> PolicySource:
+    """The policy that `name`, the value of the config key or option `key`, means.
+
+    `root` is the run root: a run may be named by its id there. Of a run the best checkpoint by validation is taken.
+    Raises CheckpointError where one is not whole, ModelError for an unknown name.
+    """
+    from models.checkpoints import best_checkpoint, folder_digest, verify
+
+    for path in (Path(name).expanduser(), Path(root) / name):
+        if (path / "checkpoints").is_dir():
+            run = RunFolder(path.resolve())
+            checkpoint = best_checkpoint(run.checkpoints, _validated(run))
+            if checkpoint is None:
+                raise CheckpointError(f"{key} ({name}): {run.path} has no finished checkpoint: resume that run")
+            return _of_a_run(checkpoint)
+        if (path / "manifest.json").is_file():
+            return _of_a_run(verify(path.resolve()))
+    if name == "latest":
+        raise ConfigError(f"{key} (latest): there is no run in {root} yet; name a run, a checkpoint or a model")
+    source = policy_folder(name, Path(root) / "cache", on_note, key=key)
+    digest = folder_digest(source) if isinstance(source, Path) else ""
+    return PolicySource(Checkpoint(str(source), digest, 0), None, None)
+
+
+def prompt_format_of(source: PolicySource, asked: "PromptFormat | None") -> "PromptFormat":
+    """How a policy reads prompts: as asked, else as trained, else as a chat where its tokenizer has a template."""
+    if asked is not None:
+        return asked
+    trained = ((source.run_config or {}).get("policy") or {}).get("prompt_format")
+    if trained in ("text", "chat"):
+        form: PromptFormat = trained
+        return form
+    from models.policy import load_reader
+
+    return "chat" if load_reader(source.checkpoint.uri, prompt_format="text").tokenizer.chat_template else "text"
+
+
+def _validated(run: RunFolder) -> dict[int, float]:
+    """Step to how good it was found: the reward, or minus the loss where a run validates by that (SFT)."""
+    found: dict[int, float] = {}
+    for record in run.read_metrics():
+        if record.get("kind") == "validation":
+            value = record.get("reward_mean", -record["loss"] if "loss" in record else None)
+            if value is not None:
+                found.setdefault(record["step"], value)
+    return found
+
+
+def _of_a_run(checkpoint: Checkpoint) -> PolicySource:
+    folder = Path(checkpoint.uri)
+    run = folder.parent.parent
+    config = json.loads((folder / "run_config.json").read_text())
+    return PolicySource(checkpoint, run if (run / "prompts").is_dir() else None, config)

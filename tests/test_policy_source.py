@@ -1,0 +1,100 @@
+"""Which weights a name means: runs, checkpoints, embedded models, folders and hub names, real files throughout."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from alignment.embedded import policy_folder
+from alignment.errors import CheckpointError, ConfigError, ModelError
+from alignment.policy_source import find_policy, prompt_format_of
+from models import checkpoints as cp
+
+
+def find(name: object, root: Path) -> tuple[str, int, str]:
+    found = find_policy(str(name), root=root, key="evaluation.model").checkpoint
+    return found.uri, found.step, found.sha256
+
+
+def seal(run: Path, step: int, reward: float | None = None, prompt_format: str = "text") -> Path:
+    """A checkpoint of the tiny policy in a run's folder, and its validation."""
+    staging = cp.staging_folder(run / "checkpoints", step)
+    shutil.copytree(policy_folder("tiny", run.parent / "cache"), staging)
+    config = {"policy": {"model": "tiny", "prompt_format": prompt_format}}
+    cp.seal(
+        run / "checkpoints", step, config=config, details={"ranks": 1, "zero_stage": 0, "run_id": "7", "parent": {}}
+    )
+    (run / "prompts").mkdir(exist_ok=True)
+    if reward is not None:
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"kind": "validation", "step": step, "reward_mean": reward}) + "\n")
+    return cp.checkpoint_folder(run / "checkpoints", step)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with two checkpoints, the earlier of which is the better, and a link `latest` to it."""
+    run = tmp_path / "123"
+    seal(run, 2, reward=0.9)
+    seal(run, 4, reward=0.1)
+    (tmp_path / "latest").symlink_to("123")
+    return run
+
+
+def test_a_run_means_its_best_checkpoint_by_validation(run: Path) -> None:
+    best = run / "checkpoints" / "step-000002"
+    digest = hashlib.sha256((best / "model.safetensors").read_bytes()).hexdigest()
+    for name in ("123", "latest", run, run.parent / "latest"):
+        assert find(name, run.parent) == (str(best), 2, digest)
+    (run / "metrics.jsonl").unlink()
+    assert find("latest", run.parent)[1] == 4
+    losses = [{"kind": "validation", "step": step, "loss": loss} for step, loss in ((2, 1.0), (4, 2.0))]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in losses))
+    assert find("latest", run.parent)[1] == 2  # supervised fine-tuning validates by its loss
+
+
+def test_a_checkpoint_means_itself_and_knows_its_run(run: Path) -> None:
+    folder = run / "checkpoints" / "step-000004"
+    assert find(folder, run.parent)[:2] == (str(folder), 4)
+    source = find_policy(str(folder), root=run.parent, key="evaluation.model")
+    assert source.run == run and source.run_config == {"policy": {"model": "tiny", "prompt_format": "text"}}
+    moved = run.parent / "elsewhere" / folder.name
+    shutil.copytree(folder, moved)
+    assert find_policy(str(moved), root=run.parent, key="evaluation.model").run is None
+
+
+def test_models_that_no_run_wrote(tmp_path: Path) -> None:
+    uri, step, digest = find("tiny", tmp_path)
+    assert (uri, step) == (str(policy_folder("tiny", tmp_path / "cache")), 0)
+    assert digest == hashlib.sha256((Path(uri) / "model.safetensors").read_bytes()).hexdigest()
+    assert find(uri, tmp_path) == (uri, 0, digest)
+    assert find("owner/name", tmp_path) == ("owner/name", 0, "")
+
+
+def test_what_cannot_be_evaluated_is_named(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"evaluation\.model \(latset\): no such model folder; .* smollm2-135m"):
+        find("latset", tmp_path)
+    with pytest.raises(ConfigError, match=r"evaluation\.model \(latest\): there is no run in .*; name a run"):
+        find("latest", tmp_path / "cache")
+    best = run / "checkpoints" / "step-000002"
+    (best / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is missing or damaged.*step-000004 is whole"):
+        find("latest", tmp_path)
+    (tmp_path / "new" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"evaluation\.model \(new\): .* has no finished checkpoint: resume"):
+        find("new", tmp_path)
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="pickled holds no safetensors"):
+        find(pickled, tmp_path)
+
+
+def test_prompts_are_read_as_asked_as_trained_or_by_the_tokenizer(run: Path) -> None:
+    trained = find_policy("123", root=run.parent, key="evaluation.model")
+    plain = find_policy("tiny", root=run.parent, key="evaluation.model")
+    assert prompt_format_of(trained, None) == "text"
+    assert prompt_format_of(trained, "chat") == "chat"
+    assert prompt_format_of(plain, None) == "chat"  # its tokenizer has a template
