@@ -63,9 +63,7 @@ def prepare_prompts(config: Config, run: RunFolder, model: PolicySource, base: P
         for prompt in load_prompts(source.run, name)
     ]
     if model.run is None:
-        print(
-            f"no run of {model.checkpoint.uri} is known: it is not checked whether it has seen the evaluation's prompts"
-        )
+        print(f"what {model.checkpoint.uri} learned from is not known here: it may have seen the evaluation's prompts")
     prepare_evaluation(config, run.path, [model.checkpoint.uri, base.checkpoint.uri], seen, print)
 
 

@@ -1,4 +1,7 @@
-"""Which weights a name means: a run's best checkpoint, a checkpoint, an embedded model, a model folder, a hub's."""
+"""Which weights a name means: a run's best checkpoint, a checkpoint, an embedded model, a model folder, a hub's.
+
+Of a supervised fine-tuning it is the model that it wrote: its checkpoints hold what was trained, which may be adapters.
+"""
 
 import json
 from dataclasses import dataclass
@@ -18,8 +21,8 @@ if TYPE_CHECKING:
 class PolicySource:
     """What to load, and where it comes from.
 
-    `checkpoint.uri` is a folder or a hub name; its `step` is 0 and its `sha256` that of the weights where no run
-    wrote it, empty for a hub's. `run` is the run whose folder it lies in; `run_config` what it was trained with.
+    `checkpoint.uri` is a folder or a hub name; of a model folder its `step` is 0 and its `sha256` that of the weights,
+    empty for a hub's. `run` is the run whose prompts it has seen, if known; `run_config` what it was trained with.
     """
 
     checkpoint: Checkpoint
@@ -38,11 +41,18 @@ def find_policy(name: str, *, root: str | Path, key: str, on_note: OnNote | None
     for path in (Path(name).expanduser(), Path(root) / name):
         if (path / "checkpoints").is_dir():
             run = RunFolder(path.resolve())
-            checkpoint = best_checkpoint(run.checkpoints, _validated(run))
+            if (run.path / "examples").is_dir():
+                return _fine_tuned(run, f"{key} ({name})")
+            checkpoint = best_checkpoint(run.checkpoints, run.validations())
             if checkpoint is None:
                 raise CheckpointError(f"{key} ({name}): {run.path} has no finished checkpoint: resume that run")
             return _of_a_run(checkpoint)
         if (path / "manifest.json").is_file():
+            if not (path / "config.json").is_file():
+                raise CheckpointError(
+                    f"{key} ({name}): {path} holds what a fine-tuning trained and no whole model: name its run, or "
+                    f"write the model by `python -m alignment.sft_stage {path} FOLDER`"
+                )
             return _of_a_run(verify(path.resolve()))
     if name == "latest":
         raise ConfigError(f"{key} (latest): there is no run in {root} yet; name a run, a checkpoint or a model")
@@ -64,15 +74,14 @@ def prompt_format_of(source: PolicySource, asked: "PromptFormat | None") -> "Pro
     return "chat" if load_reader(source.checkpoint.uri, prompt_format="text").tokenizer.chat_template else "text"
 
 
-def _validated(run: RunFolder) -> dict[int, float]:
-    """Step to how good it was found: the reward, or minus the loss where a run validates by that (SFT)."""
-    found: dict[int, float] = {}
-    for record in run.read_metrics():
-        if record.get("kind") == "validation":
-            value = record.get("reward_mean", -record["loss"] if "loss" in record else None)
-            if value is not None:
-                found.setdefault(record["step"], value)
-    return found
+def _fine_tuned(run: RunFolder, what: str) -> PolicySource:
+    """The model that a supervised fine-tuning wrote at its end."""
+    from models.checkpoints import folder_digest
+
+    model = run.path / "model"
+    if not (model / "config.json").is_file():
+        raise CheckpointError(f"{what}: the fine-tuning {run.path} has not written its model: resume it")
+    return PolicySource(Checkpoint(str(model), folder_digest(model), 0), None, json.loads(run.config.read_text()))
 
 
 def _of_a_run(checkpoint: Checkpoint) -> PolicySource:

@@ -50,9 +50,28 @@ def test_a_run_means_its_best_checkpoint_by_validation(run: Path) -> None:
         assert find(name, run.parent) == (str(best), 2, digest)
     (run / "metrics.jsonl").unlink()
     assert find("latest", run.parent)[1] == 4
-    losses = [{"kind": "validation", "step": step, "loss": loss} for step, loss in ((2, 1.0), (4, 2.0))]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in losses))
-    assert find("latest", run.parent)[1] == 2  # supervised fine-tuning validates by its loss
+
+
+def test_a_fine_tuning_means_the_model_that_it_wrote(tmp_path: Path) -> None:
+    # Its checkpoints hold trained.safetensors alone, which transformers cannot load.
+    run, base = tmp_path / "sft" / "9", policy_folder("tiny", tmp_path / "cache")
+    (run / "examples").mkdir(parents=True)
+    staging = cp.staging_folder(run / "checkpoints", 3)
+    staging.mkdir(parents=True)
+    shutil.copyfile(base / "model.safetensors", staging / "trained.safetensors")  # type: ignore[operator]
+    config = {"policy": {"model": "tiny", "prompt_format": "chat"}}
+    cp.seal(run / "checkpoints", 3, config=config, details={"ranks": 1, "zero_stage": 0, "run_id": "9", "parent": {}})
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "metrics.jsonl").write_text(json.dumps({"kind": "validation", "step": 3, "loss": None}) + "\n")
+    with pytest.raises(CheckpointError, match=r"the fine-tuning .* has not written its model: resume it"):
+        find("sft/9", tmp_path)
+    with pytest.raises(CheckpointError, match=r"no whole model: name its run, .*alignment\.sft_stage .*step-000003"):
+        find(run / "checkpoints" / "step-000003", tmp_path)
+    shutil.copytree(base, run / "model")
+    digest = hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
+    assert find("sft/9", tmp_path) == (str(run / "model"), 0, digest)
+    source = find_policy("sft/9", root=tmp_path, key="evaluation.model")
+    assert source.run_config == config and source.run is None and prompt_format_of(source, None) == "chat"
 
 
 def test_a_checkpoint_means_itself_and_knows_its_run(run: Path) -> None:
