@@ -11,8 +11,9 @@ from alignment.errors import RewardServerError
 from infra.triton_setup import KEY_HEADER
 
 CANARY_S = 10.0
-PULSE_S, HUNG_S = 20.0, 60.0
-"""Seconds between canaries to a server that is ready, and without an answer to anybody until it is called hung."""
+PULSE_S, HUNG_S, POLICY_HUNG_S = 20.0, 60.0, 600.0
+"""Seconds between canaries to a server that is ready, and without an answer to anybody until it is called hung. A
+policy may take minutes: it answers nobody before the longest response of a batch is drawn."""
 
 
 @dataclass(frozen=True)
@@ -82,18 +83,19 @@ def ready_versions(url: str, key: str) -> list[tuple[str, str]]:
 
 
 def feel_pulse(url: str, model: str, hung: list[str], ended: threading.Event) -> None:
-    """Say in `hung` when a model has answered nobody for `HUNG_S`.
+    """Say in `hung` when a model has answered nobody for `HUNG_S`, a policy for `POLICY_HUNG_S`.
 
     A queue that is long or full is no reason: then others are answered, and the count of executions grows.
     """
+    longest = POLICY_HUNG_S if _takes_prompts(url, model) else HUNG_S
     count, lived = _executions(url, model), monotonic()
     while not ended.wait(PULSE_S):
-        answered, latest = responds(url, model, HUNG_S), _executions(url, model)
+        answered, latest = responds(url, model, longest), _executions(url, model)
         if answered or latest not in (None, count):
             lived = monotonic()
         count = count if latest is None else latest
-        if monotonic() - lived >= HUNG_S and not ended.is_set():
-            hung.append(f"{model} has answered nobody for {HUNG_S:g} s")
+        if monotonic() - lived >= longest and not ended.is_set():
+            hung.append(f"{model} has answered nobody for {longest:g} s")
             return
 
 
@@ -115,21 +117,24 @@ def answers(url: str, model: str, wait_s: float, version: str = "") -> bool:
         return False
     from alignment.scoring import RewardClient
 
-    if _takes_prompts(url, model):
+    is_policy = _takes_prompts(url, model)
+    if is_policy is None:
+        return False
+    if is_policy:
         return _answers_a_prompt(url, model, wait_s, version)
     with RewardClient(url, model, version) as client:
         return client.probe(wait_s) is None
 
 
-def _takes_prompts(url: str, model: str) -> bool:
-    """Whether it is a policy; False while the server does not say."""
+def _takes_prompts(url: str, model: str) -> bool | None:
+    """Whether it is a policy; None while the server does not say."""
     import tritonclient.grpc as triton
 
     try:
         with triton.InferenceServerClient(url) as client:
             metadata: Any = client.get_model_metadata(model, client_timeout=CANARY_S)
     except triton.InferenceServerException:
-        return False
+        return None
     return any(one.name == "prompt" for one in metadata.inputs)
 
 

@@ -80,6 +80,7 @@ def test_hung_is_who_answers_nobody_for_a_while(monkeypatch, canary, executions,
     monkeypatch.setattr(triton_health, "monotonic", clock)
     monkeypatch.setattr(triton_health, "answers", lambda *_: canary(clock))
     monkeypatch.setattr(triton_health, "_executions", lambda *_: executions(clock))
+    monkeypatch.setattr(triton_health, "_takes_prompts", lambda *_: False)
     hung: list[str] = []
     feel_pulse("127.0.0.1:1", "reward_model", hung, clock)
     if hung_after_s is None:
@@ -87,6 +88,32 @@ def test_hung_is_who_answers_nobody_for_a_while(monkeypatch, canary, executions,
     else:
         assert hung == [f"reward_model has answered nobody for {HUNG_S:g} s"]
         assert clock.now == 1000 + hung_after_s
+
+
+def test_a_policy_may_decode_for_minutes(monkeypatch):
+    waited: list[float] = []
+
+    def busy(clock: Clock, wait_s: float) -> bool:
+        waited.append(wait_s)
+        clock.now += 200
+        return False
+
+    clock = Clock()
+    monkeypatch.setattr(triton_health, "monotonic", clock)
+    monkeypatch.setattr(triton_health, "answers", lambda _url, _model, wait_s, _version: busy(clock, wait_s))
+    monkeypatch.setattr(triton_health, "_executions", lambda *_: 7)
+    monkeypatch.setattr(triton_health, "_takes_prompts", lambda *_: True)
+    hung: list[str] = []
+    feel_pulse("127.0.0.1:1", "policy", hung, clock)
+    assert hung == ["policy has answered nobody for 600 s"]
+    assert waited == [600.0] * 3  # at 220, 440 and 660 s
+
+
+def test_what_a_server_does_not_say_the_kind_of_is_not_asked(monkeypatch):
+    # A conversation sent to a policy would be refused, as if its version were broken.
+    monkeypatch.setattr(triton_health, "_listens", lambda _: True)
+    monkeypatch.setattr(triton_health, "_takes_prompts", lambda *_: None)
+    assert not triton_health.answers("127.0.0.1:1", "policy", 1.0)
 
 
 STUB_DIED = IndexEntry("m", "1", "UNAVAILABLE", "Internal: Stub process 'm_0_0' is not healthy.")
