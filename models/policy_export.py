@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from models.policy import Policy
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "triton_repo" / "policy"
-TEXT_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+TEXT_TEMPLATE = (
+    "{% if messages | length > 1 %}{{ raise_exception('this policy continues one text, send one message') }}{% endif %}"
+    "{{ messages[0].content }}"
+)
 """Of a policy that continues a text: the text itself."""
 NO_CONTEXT = 1 << 30
 """Stands for the context of a model that names none, in tokens."""

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,9 @@ from models.decoding import Sampling, draw, sample
 from models.policy import Policy, load_policy
 from models.policy_export import export_policy, main
 from reward_fixtures import export_tiny, served_repository, triton_module
+from test_reward_serving import StandInError
 
+MODEL = SOURCE_ROOT / "triton_repo" / "policy" / "1" / "model.py"
 TYPES = {"prompt": "BYTES", "messages": "BYTES", "max_new_tokens": "INT32", "temperature": "FP32", "top_p": "FP32"}
 KINDS = {"BYTES": np.object_, "INT32": np.int32, "FP32": np.float32, "INT64": np.int64}
 
@@ -141,8 +143,11 @@ def test_a_chat_policy_reads_prompts_and_conversations_by_its_template(place: An
         ({"prompt": "a", "max_new_tokens": 0}, r"max_new_tokens \(0\)"),
         ({"prompt": "x" * 250, "max_new_tokens": 10}, "250 tokens and max_new_tokens .10. exceed the model's 256"),
         ({"prompt": "x" * 256}, "exceed the model's 256"),
+        ({"prompt": "x" * 262145}, "it has 262145 bytes, and this version reads at most 262144"),
+        ({"messages": json.dumps([{"role": "user", "content": "a"}] * 2)}, "continues one text, send one message"),
         ({"prompt": "a", "temperature": -1.0}, "temperature"),
         ({"prompt": "a", "temperature": float("nan")}, "temperature"),
+        ({"prompt": "a", "temperature": 2.0**-11}, r"temperature \(0\.00048828125\) .* or >= 0\.001"),
         ({"prompt": "a", "top_p": 0.0}, "top_p"),
         ({"prompt": "a", "seed": -1}, "seed"),
     ],
@@ -150,6 +155,52 @@ def test_a_chat_policy_reads_prompts_and_conversations_by_its_template(place: An
 def test_a_bad_request_is_refused_with_its_reason(place: Any, values: dict[str, Any], said: str) -> None:
     with pytest.raises(InferenceServerException, match=said):
         ask(place[0], **values)
+
+
+def test_temperatures_at_both_ends_are_served(place: Any) -> None:
+    client, _, policy, _ = place
+    for temperature in (0.001, 3e38):
+        cold_or_hot = Sampling(12, temperature=temperature)
+        assert ask(client, prompt="a", seed=3, max_new_tokens=12, temperature=temperature) == [
+            expected(policy, "a", 3, cold_or_hot)
+        ]
+
+
+class StandInRequest(dict[str, list[Any]]):
+    """Stands in for one of Triton's requests: its inputs, of a client that waits for it or has given up."""
+
+    cancelled = False
+
+    def is_cancelled(self) -> bool:
+        return self.cancelled
+
+
+def test_a_row_that_fails_and_a_client_that_has_given_up_cost_no_neighbour_its_answer() -> None:
+    triton = ModuleType("triton_python_backend_utils")
+    triton.TritonError, triton.InferenceResponse = StandInError, SimpleNamespace  # type: ignore[attr-defined]
+    triton.Tensor = lambda _, values: values  # type: ignore[attr-defined]
+    triton.get_input_tensor_by_name = lambda request, name: (  # type: ignore[attr-defined]
+        SimpleNamespace(as_numpy=lambda: np.array(request[name])) if name in request else None
+    )
+    model = object.__new__(triton_module(MODEL, triton).TritonPythonModel)
+    model.row = lambda values: values["prompt"]
+    batches: list[list[str]] = []
+
+    def decode(rows: list[str]) -> list[tuple[str, str, int]]:
+        batches.append(rows)
+        if "odd" in rows:
+            raise IndexError("index out of range in self")  # torch's, on a CPU, for a token without weights
+        return [(row.upper(), "stop", 1) for row in rows]
+
+    model.decode = decode
+    requests = [StandInRequest(prompt=prompts) for prompts in (["a", "b"], ["odd"], ["late"], ["c"])]
+    requests[2].cancelled = True
+    first, odd, late, last = model.execute(requests)
+    assert first.output_tensors[0].ravel().tolist() == ["A", "B"]
+    assert last.output_tensors[0].ravel().tolist() == ["C"]
+    assert (odd.error.code, odd.error.text) == ("INTERNAL", "IndexError: index out of range in self")
+    assert late.error.code == "CANCELLED"
+    assert batches == [["a", "b", "odd", "c"], ["a", "b"], ["odd", "c"], ["odd"], ["c"]]
 
 
 def test_all_kinds_of_models_of_a_repository_are_watched(place: Any) -> None:
@@ -162,7 +213,7 @@ def test_all_kinds_of_models_of_a_repository_are_watched(place: Any) -> None:
 
 @pytest.fixture(scope="module")
 def served_code() -> ModuleType:
-    return triton_module(SOURCE_ROOT / "triton_repo" / "policy" / "1" / "model.py")
+    return triton_module(MODEL)
 
 
 def test_the_copied_draw_is_the_projects(served_code: ModuleType) -> None:

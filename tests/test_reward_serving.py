@@ -431,6 +431,18 @@ def test_an_error_that_nobody_foresaw_is_one_requests_alone(in_process):
     assert in_process.counters["reward_requests_refused_total"].value == 1
 
 
+def test_a_forward_pass_that_fails_in_any_way_is_one_requests_alone(in_process):
+    def forward(input_ids: Any, mask: Any) -> Any:
+        if 7 in input_ids:
+            raise IndexError("index out of range in self")  # torch's, on a CPU, for a token without weights
+        return (input_ids * mask).sum(1).float().numpy()
+
+    in_process.forward = forward
+    answers = execute(in_process, [by_ids(1, 2)], [by_ids(4, 7)], [by_ids(3)])
+    failed = ("INTERNAL", "conversation 0: IndexError: index out of range in self")
+    assert [rewards_or_error(a) for a in answers] == [[3.0], failed, [3.0]]
+
+
 def test_a_huge_conversation_is_refused_alone_before_it_is_read(in_process):
     longest = 1 << 18
     fits, huge = b"[" * longest, b"[" * (longest + 1)

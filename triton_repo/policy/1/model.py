@@ -25,6 +25,11 @@ from transformers.cache_utils import DynamicCache
 
 TEMPERATURE, TOP_P = 1.0, 1.0
 """Of a request that names none: the whole distribution, as the policy was trained."""
+LEAST_TEMPERATURE = 0.001
+"""The least above 0: logits that are divided by less may leave float32."""
+LEAST_LONGEST, BYTES_PER_TOKEN = 1 << 18, 64
+"""Bytes of the longest prompt that is read: so many for each token of the context, and no less than LEAST_LONGEST.
+All of a text is tokenized before its tokens are counted, and the requests of its batch wait."""
 
 
 class RefusedPrompt(Exception):
@@ -66,6 +71,10 @@ class TritonPythonModel:
         rows, slices, errors = [], [], []
         for request in requests:
             start = len(rows)
+            if request.is_cancelled():
+                slices.append(slice(start, start))
+                errors.append(triton_error("its client has given up", pb_utils.TritonError.CANCELLED))
+                continue
             try:
                 rows += [self.row(values) for values in read(request)]
                 errors.append(None)
@@ -75,12 +84,7 @@ class TritonPythonModel:
             except Exception as error:
                 errors.append(triton_error(f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL))
             slices.append(slice(start, len(rows)))
-        try:
-            responses = self.decode(rows) if rows else []
-        # RuntimeError: memory, or probabilities that are not finite.
-        except RuntimeError as error:
-            failed = triton_error(f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)
-            errors, responses = [error or failed for error in errors], [None] * len(rows)
+        responses = self.answers(rows)
         return [
             pb_utils.InferenceResponse(output_tensors=[], error=error)
             if error is not None
@@ -88,9 +92,25 @@ class TritonPythonModel:
             for where, error in zip(slices, errors, strict=True)
         ]
 
+    def answers(self, rows):
+        """What `decode` gives to each row. Where a batch fails its halves are tried, at last each row by itself."""
+        if not rows:
+            return []
+        try:
+            return self.decode(rows)
+        # Of many types: memory, probabilities that are not finite, a token that the model has no weights for.
+        except Exception as error:
+            if len(rows) == 1:
+                return [error]
+        half = len(rows) // 2
+        return self.answers(rows[:half]) + self.answers(rows[half:])
+
     def row(self, values):
         """One prompt's token ids and how to answer it, all checked. Raises RefusedPrompt."""
         settings = self.settings
+        size, limit = len(values.get("prompt", values.get("messages"))), BYTES_PER_TOKEN * settings["context"]
+        if size > max(LEAST_LONGEST, limit):
+            raise RefusedPrompt(f"it has {size} bytes, and this version reads at most {max(LEAST_LONGEST, limit)}")
         text = self.render(messages_of(values))
         ids = self.tokenizer(text, add_special_tokens=settings["add_special_tokens"], verbose=False)["input_ids"]
         longest = values.get("max_new_tokens", max(1, min(settings["max_new_tokens"], settings["context"] - len(ids))))
@@ -103,8 +123,10 @@ class TritonPythonModel:
             raise RefusedPrompt(
                 f"its {len(ids)} tokens and max_new_tokens ({longest}) exceed the model's {settings['context']}"
             )
-        if not (math.isfinite(temperature) and temperature >= 0):
-            raise RefusedPrompt(f"temperature ({temperature}) must be 0, which takes the likeliest token, or above")
+        if not (math.isfinite(temperature) and (temperature == 0 or temperature >= LEAST_TEMPERATURE)):
+            raise RefusedPrompt(
+                f"temperature ({temperature}) must be 0, which takes the likeliest token, or >= {LEAST_TEMPERATURE}"
+            )
         if not 0 < top_p <= 1:
             raise RefusedPrompt(f"top_p ({top_p}) must be above 0 and at most 1")
         seed = values.get("seed", secrets.randbits(63))
@@ -252,7 +274,11 @@ def messages_of(values):
 
 
 def respond(responses):
-    """One request's answer."""
+    """One request's answer; an error where one of its rows has one."""
+    failed = next((one for one in responses if isinstance(one, Exception)), None)
+    if failed is not None:
+        error = triton_error(f"{type(failed).__name__}: {failed}", pb_utils.TritonError.INTERNAL)
+        return pb_utils.InferenceResponse(output_tensors=[], error=error)
     columns = {"text": np.object_, "finish_reason": np.object_, "num_tokens": np.int32}
     return pb_utils.InferenceResponse(
         output_tensors=[

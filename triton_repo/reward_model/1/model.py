@@ -160,7 +160,8 @@ class TritonPythonModel:
             input_ids, mask = self.pad([rows[i] for i in indices])
             try:
                 rewards[indices] = self.forward(input_ids, mask)
-            except RuntimeError as error:
+            # Of many types: memory, a token that the model has no weights for.
+            except Exception as error:
                 if len(indices) > 1:
                     left += [[i] for i in indices]
                 else:
