@@ -36,6 +36,8 @@ SPEAKERS = {
     "system": "system",
 }
 """Names of speakers in "from", in lower case, and their roles."""
+CONTEXT = ("system", "instruction")
+"""Keys that other formats give a part of the question under: without it, another question would be learned."""
 
 
 def _any(_: int) -> bool:
@@ -94,7 +96,14 @@ class _Unusable(DataError):
 
 def _turns(record: dict[str, Any], place: str) -> tuple[Sequence[Message], Counts]:
     """A record's messages, and whether NeMo's mask lets the message of a number count. Raises DataError."""
-    match [key for key in ("input", "messages", "conversations", "chosen") if key in record]:
+    given = [key for key in ("input", "messages", "conversations", "chosen") if key in record]
+    unread = [key for key in CONTEXT if record.get(key) and (key, given) != ("system", ["conversations"])]
+    if given and unread:
+        raise DataError(
+            f'{place}: "{unread[0]}" is part of the question, and is not read beside "{given[0]}": '
+            "put it into the input, or into a message"
+        )
+    match given:
         case ["input"]:
             return _pair(*(_text(record, key, place) for key in ("input", "output"))), _any
         case ["messages"]:
@@ -145,7 +154,7 @@ def _demonstration(messages: Sequence[Message], turns: Turns, place: str, counts
     counted = [i for i, message in enumerate(messages) if message["role"] == "assistant" and counts(i)]
     if not counted:
         raise _Unusable("nothing_learned", f"{place}: no turn of the assistant counts: nothing would be learned")
-    if counted[0] == 0:
+    if messages[0]["role"] == "assistant":
         raise DataError(f"{place}: the conversation begins with the answer: give it a question")
     if turns == "last":
         counted = counted[-1:]

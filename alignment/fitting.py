@@ -20,6 +20,7 @@ from torch import nn
 from alignment.atomic_files import disk_errors
 from alignment.config import Config
 from alignment.engine import Ranks, any_rank, optimizer_tensors, restore_optimizer
+from alignment.errors import CheckpointError
 from alignment.lifeline import Stop
 from alignment.run_folder import RunFolder
 from alignment.types import Checkpoint
@@ -111,7 +112,9 @@ def restore_moments(checkpoint: Checkpoint, engine: Any, ranks: Ranks, zero_stag
 
 
 def read_weights(checkpoint: Path) -> dict[str, Any]:
-    """The trainable weights of a verified checkpoint."""
+    """The trainable weights of a verified checkpoint. Raises CheckpointError for one of RS steps, a whole model."""
+    if not (checkpoint / WEIGHTS).is_file():
+        raise CheckpointError(f"{checkpoint} has no {WEIGHTS}: name a step-* folder of a run of this kind of training")
     return load_file(checkpoint / WEIGHTS)
 
 

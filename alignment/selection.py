@@ -72,6 +72,9 @@ def select(
         for rank, i in enumerate(ranking, start=1):
             what = "random rank" if random else f"reward {_shown(scored[i].reward)} ranks"
             reasons[i] = f"{what} {rank} of {len(ranking)}"
+    for i, r in enumerate(scored):
+        if r.is_reference:  # what is kept of a step must tell what the policy did not say
+            reasons[i] = f"reference answer: {reasons[i]}"
     return [Decision(r.prompt_id, r.rollout_index, i in selected, reasons[i]) for i, r in enumerate(scored)]
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from alignment.atomic_files import disk_errors, settle_files, write_json
 from alignment.config import Config, parse_config
-from alignment.errors import AlignmentError, StoppedError
+from alignment.errors import AlignmentError, ConfigError, StoppedError
 from alignment.launch import run_workers
 from alignment.progress import FitLines, duration
 from alignment.run_folder import RunFolder, create
@@ -160,14 +160,17 @@ def main() -> None:
     """The command line that writes another checkpoint's model."""
     parser = argparse.ArgumentParser(description="write the model of a checkpoint as a Hugging Face folder")
     parser.add_argument("checkpoint", help="a step-* folder of a run of flows/sft_flow.py")
-    parser.add_argument("folder", help="where the model goes; a folder that is there is replaced")
+    parser.add_argument("folder", help="where the model goes; it must not be there yet")
     options = parser.parse_args()
     from models.checkpoints import verify
 
+    folder = Path(options.folder).absolute()
     try:
+        if folder.exists():
+            raise ConfigError(f"{folder} is there already: name a folder that is not, or move it away")
         checkpoint = verify(Path(options.checkpoint))
         config = parse_config((Path(checkpoint.uri) / "run_config.json").read_text())
-        write_model(config, checkpoint, Path(options.folder))
+        write_model(config, checkpoint, folder)
     except AlignmentError as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

@@ -5,8 +5,8 @@
 
 Every arm starts from the same base, reads the same prompts in the same order and samples the same number of
 responses; all are measured on the same held-out prompts against the same responses of the base, by the reward
-model, by the judge and by the exact KL. METHOD is rejection_sampling, grpo or rloo; the fields change the preset
-for that arm alone. An arm that --out already holds under the same config is not run again.
+model, by the judge and by the exact KL. METHOD is rejection_sampling, grpo or rloo; the fields, of how it is trained,
+change the preset for that arm alone. An arm that --out already holds under the same config is not run again.
 
 Leaves method.json, method.md (the table) and method.svg (win rate by the judge against KL) in --out. GRPO and RLOO
 need `pip install -r requirements-trl.txt`. On a GPU: --set resources.gpu=1.
@@ -14,6 +14,9 @@ need `pip install -r requirements-trl.txt`. On a GPU: --set resources.gpu=1.
 
 import argparse
 import json
+import math
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,6 +31,7 @@ from alignment.atomic_files import write_json, write_text
 from alignment.config import Config, load_config
 from alignment.errors import AlignmentError
 from alignment.launch import worker_environment
+from alignment.selection import REWARD_DECIMALS
 from alignment.statistics import Estimate, best_of_n_kl_bound, mean_difference, win_rate
 from benchmarks.plot import line_chart
 
@@ -40,6 +44,10 @@ ARMS = (
     "RLOO: rloo training.lr=2e-5 training.kl_penalty=0",
 )
 """TRL's own default rate, 1e-6, moves this model by nothing in so few steps: the peers get twenty times that."""
+
+
+OWN_SECTIONS = ("rollouts", "selection", "training", "loop")
+"""Sections that an arm may change. All else, and the length of responses, is what the comparison holds fixed."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ def main() -> int:
     options = _options()
     out = Path(options.out)
     try:
-        arms = [_arm(text, options, seed) for seed in options.seeds for text in (options.arm or ARMS)]
+        arms = _arms(options)
         bases = [Arm("base", "base", _config(options, seed, [])) for seed in options.seeds]
         weights = [_prepare(base.config, out / f"seed-{base.config.seed}") for base in bases]
         with ThreadPoolExecutor(options.jobs) as pool:
@@ -95,7 +103,9 @@ def main() -> int:
     print(text)
     write_text(out / "method.md", text + "\n")
     title = "One response against one of the base"
-    chart = line_chart(title, "KL to the base, nats", "win rate by the judge", curves, logarithmic=False, bottom=0.5)
+    lowest = min(rate for points in curves.values() for _, rate in points)
+    bottom = math.floor(lowest * 10) / 10
+    chart = line_chart(title, "KL to the base, nats", "win rate by the judge", curves, logarithmic=False, bottom=bottom)
     write_text(out / "method.svg", chart)
     write_json(out / "method.json", [{**row.__dict__, **_plain(row)} for row in rows])
     return 0
@@ -122,7 +132,7 @@ def best_of(n: int, base: Sequence[dict[str, Any]]) -> Row:
     """Best of n of the base by the reward model, from a pool that the opponent is not in; its KL is a bound."""
     rewards = np.concatenate([b["reward"] for b in base])
     judged = np.concatenate([b["judge"] for b in base])
-    best = rewards[:, 1 : n + 1].argmax(axis=1) + 1
+    best = np.round(rewards[:, 1 : n + 1], REWARD_DECIMALS).argmax(axis=1) + 1  # as selection compares them
     rows, bound = np.arange(len(rewards)), best_of_n_kl_bound(n)
     return Row(
         f"best of {n}",
@@ -162,14 +172,35 @@ def _first(groups: Sequence[Sequence[float]]) -> list[float]:
     return [group[0] for group in groups]
 
 
+def _arms(options: argparse.Namespace) -> list[Arm]:
+    texts = options.arm or ARMS
+    arms = [_arm(text, options, seed) for seed in options.seeds for text in texts]
+    names = ["base", *(arm.name for arm in arms[: len(texts)])]  # each names a file
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice is not None:
+        sys.exit(f"--arm: {twice!r} names two arms (`base` is one already): give each a name of its own")
+    return arms
+
+
 def _arm(text: str, options: argparse.Namespace, seed: int) -> Arm:
     name, _, rest = text.partition(":")
     method, *overrides = rest.split() or [""]
     if method not in ("rejection_sampling", "grpo", "rloo"):
         sys.exit(f"--arm {text!r}: expected 'NAME: rejection_sampling|grpo|rloo section.field=value …'")
-    config = _config(options, seed, overrides)
+    if not re.fullmatch(r"[\w .+-]+", name.strip()):
+        sys.exit(f"--arm {text!r}: a name is letters, digits, spaces and . + - _, since it names a file")
+    config, common = _config(options, seed, overrides), _config(options, seed, [])
+    own = {name: getattr(config, name) for name in OWN_SECTIONS}
+    own["rollouts"] = config.rollouts.model_copy(update={"max_new_tokens": common.rollouts.max_new_tokens})
+    if config != common.model_copy(update=own):
+        sys.exit(
+            f"--arm {text!r}: an arm's own fields are those of {', '.join(OWN_SECTIONS)}, and all arms share "
+            "rollouts.max_new_tokens: what measures them is the same for all, by --set"
+        )
     if method != "rejection_sampling" and config.policy.prompt_format != "text":
         sys.exit(f"--arm {text!r}: the peers are compared on policy.prompt_format=text alone")
+    if method != "rejection_sampling" and config.training.lr_schedule != "constant":
+        sys.exit(f"--arm {text!r}: the peers are compared at training.lr_schedule=constant alone")
     return Arm(name.strip(), method, config)
 
 
@@ -178,23 +209,23 @@ def _config(options: argparse.Namespace, seed: int, overrides: Sequence[str]) ->
 
 
 def _prepare(config: Config, folder: Path) -> Path:
-    """Prompts and judge in `folder`; returns the folder of the reward model's weights. All are made once."""
+    """Prompts and judge in `folder`; returns the folder of the reward model's weights, which are trained once."""
     from alignment.judge_stage import prepare_judge
     from alignment.preparation import prepare
     from alignment.reward_stage import prepare_reward_model
 
     folder.mkdir(parents=True, exist_ok=True)
     prepare(config, folder, print)
-    if not (folder / "judge").exists():
-        prepare_judge(config, folder / "judge", print)
+    prepare_judge(config, folder / "judge", print)
     ref = prepare_reward_model(config, print, "benchmarks.method")
     return Path(ref.repository) / ref.name / ref.version / "weights"
 
 
 def _run(arm: Arm, out: Path, weights: Path) -> None:
-    """Run an arm in a process of its own, unless its file is there and of the same config."""
+    """Run an arm in a process of its own, unless its file is there and of the same method and config."""
     file, config = arm.file(out), arm.config.model_dump(mode="json")
-    if file.exists() and json.loads(file.read_text())["config"] == config:
+    what = {"method": arm.method, "config": config}
+    if file.exists() and what.items() <= json.loads(file.read_text()).items():
         return print(f"{file.stem}: there already")
     print(f"{file.stem}: begins", flush=True)
     own, points = file.with_suffix(".config.json"), file.with_suffix(".points.json")
@@ -204,13 +235,19 @@ def _run(arm: Arm, out: Path, weights: Path) -> None:
     command += ["--folder", str(out / f"seed-{arm.config.seed}"), "--config", str(own)]
     command += ["--reward-model", str(weights), "--out", str(points)]
     with open(file.with_suffix(".log"), "w", encoding="utf-8") as log:
-        done = subprocess.run(command, cwd=ROOT, env=worker_environment(), stdout=log, stderr=subprocess.STDOUT)
+        done = subprocess.run(command, cwd=ROOT, env=_one_gpu(), stdout=log, stderr=subprocess.STDOUT)
     if done.returncode:
         raise AlignmentError(f"{arm.name} ended with status {done.returncode}: its log is {log.name}")
-    write_json(file, {"config": config, "points": json.loads(points.read_text())})
+    write_json(file, {**what, "points": json.loads(points.read_text())})
     for scratch in (own, points):
         scratch.unlink()
     print(f"{file.stem}: done", flush=True)
+
+
+def _one_gpu() -> dict[str, str]:
+    """An arm's environment, with one GPU: on all of them a peer would sample so many times the responses."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return {**worker_environment(), "CUDA_VISIBLE_DEVICES": first}
 
 
 def _options() -> argparse.Namespace:

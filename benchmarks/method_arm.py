@@ -5,6 +5,8 @@ served one equals to 1e-5. Started by benchmarks.method; reports as JSON lines.
 """
 
 import argparse
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,10 +20,13 @@ from alignment.config import Config, parse_config
 from alignment.embedded import policy_folder
 from alignment.engine import build_engine, learning_rate, start_ranks
 from alignment.evaluation import kl_to_base, sample_and_score
+from alignment.mix_in import load_mix_in, mixed, prepare_mix_in
+from alignment.preferences import conversation
 from alignment.preparation import PromptSets, cache_folder, load_prompt_sets
 from alignment.rollouts import generate, in_prompt_order
 from alignment.rs_step import decide, step_prompts, training_sampling
 from alignment.scoring import score_rollouts
+from alignment.types import Rollout
 from alignment.update import ResponseLoss, update
 from alignment.worker import emit
 from models.judge import Judge, load_judge
@@ -60,6 +65,12 @@ class World:
     scorer: Scorer
     judge: Judge
     prompts: PromptSets
+    demonstrations: Sequence[Rollout]
+
+    @property
+    def steps(self) -> int:
+        """RS steps of an arm."""
+        return self.config.total_steps(len(self.prompts.train))
 
     def policy(self) -> Policy:
         """The base, loaded anew to be trained."""
@@ -103,7 +114,7 @@ def rejection_sampling(world: World) -> Iterator[dict[str, Any]]:
     """RS steps as a colocated worker does them, without Triton; measured `EVALUATIONS` times."""
     config, begun = world.config, time.monotonic()
     ranks = start_ranks(threads=config.resources.threads, gpu=config.resources.gpu > 0)
-    policy, training, steps = world.policy(), config.training, config.loop.max_steps
+    policy, training, steps = world.policy(), config.training, world.steps
     base = world.base.model if training.kl_penalty else None
     loss = ResponseLoss(policy.model, base, training.kl_penalty)
     engine = build_engine(loss, training, zero_stage=training.zero_stage, world_size=1)
@@ -124,7 +135,7 @@ def rejection_sampling(world: World) -> Iterator[dict[str, Any]]:
         selected = [r for r, d in zip(scored, decide(config, scored), strict=True) if d.selected]
         update(
             engine,
-            selected,
+            mixed(selected, world.demonstrations, config, step),
             training,
             ranks,
             lr=learning_rate(step, training, max_steps=steps),
@@ -142,11 +153,13 @@ def _trl(method: Any) -> Any:
 
         config, begun = world.config, time.monotonic()
         policy = world.policy()
-        steps = range(1, config.loop.max_steps + 1)
+        steps = range(1, world.steps + 1)
         texts = [policy.reader.text(p) for step in steps for p in step_prompts(config, world.prompts.train, step)]
 
-        def reward(texts: Sequence[str]) -> list[float]:
-            return world.scorer.score([[{"role": "user", "content": text}] for text in texts])
+        def reward(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+            return world.scorer.score(
+                [conversation([{"role": "user", "content": p}], c) for p, c in zip(prompts, completions, strict=True)]
+            )
 
         trl_online.train(policy, texts, reward, config, method)
         yield {"step": steps[-1], "seconds": time.monotonic() - begun, **world.measured(policy, "aligned")}
@@ -159,7 +172,16 @@ def _world(config: Config, folder: Path, weights: Path) -> World:
     model, tokenizer = load_reward_model(str(weights), require_head=True)
     device, reward = torch.device("cuda" if config.resources.gpu else "cpu"), config.reward
     scorer = Scorer(model.to(device), tokenizer, reward.template, reward.max_tokens)  # type: ignore[arg-type]
-    return World(config, _policy(config), scorer, load_judge(folder / "judge"), load_prompt_sets(folder))
+    judge, prompts = load_judge(folder / "judge"), load_prompt_sets(folder)
+    return World(config, _policy(config), scorer, judge, prompts, _demonstrations(config, folder))
+
+
+def _demonstrations(config: Config, folder: Path) -> Sequence[Rollout]:
+    """Those of the arm's SFT mix-in, written apart: other arms, which share the folder, may have others."""
+    with tempfile.TemporaryDirectory() as own:
+        shutil.copytree(folder / "prompts", Path(own) / "prompts")
+        prepare_mix_in(config, Path(own), print)
+        return load_mix_in(config, Path(own))
 
 
 def _policy(config: Config) -> Policy:

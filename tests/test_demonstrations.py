@@ -82,6 +82,9 @@ BAD = {
     json.dumps(nemo([("User", "a"), ("Owl", "b")])): ("malformed", "turn 1 is from 'Owl', which is none of user"),
     json.dumps(nemo([("User", 1)])): ("malformed", 'turn 0 must be {"from", "value"}'),
     json.dumps(nemo([("User", "a")], type="VALUE_TO_TEXT")): ("attributes", '"type" (VALUE_TO_TEXT) asks for'),
+    json.dumps(nemo([("Bot", "a"), ("User", "b"), ("Assistant", "c")], mask="Bot")): ("malformed", "begins with the"),
+    '{"instruction": "Translate", "input": "a", "output": "b"}': ("malformed", '"instruction" is part of the question'),
+    json.dumps({"system": "s", **chat((USER, "a"), (ASSISTANT, "b"))}): ("malformed", 'not read beside "messages"'),
     json.dumps({"chosen": "a", "rejected": "b"}): ("malformed", "the pair's prompt cannot be told: malformed"),
     json.dumps({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"}): (
         "different_prompts", "the pair's prompt cannot be told: different_prompts"
@@ -98,7 +101,7 @@ def test_bad_lines_are_left_out_with_file_line_and_reason(tmp_path, name):
     assert [item.place for item in left_out] == [f"{path}:{line}" for line in range(3, len(BAD) + 3)]
     for item, (fault, said) in zip(left_out, BAD.values(), strict=True):
         assert item.fault == fault and said in item.details and item.details.startswith(item.place), item
-    assert count_faults(left_out) == "11 malformed, 2 nothing_learned, 1 attributes, 1 different_prompts"
+    assert count_faults(left_out) == "14 malformed, 2 nothing_learned, 1 attributes, 1 different_prompts"
 
 
 def test_a_source_without_a_usable_line_is_an_error(tmp_path):
@@ -163,6 +166,7 @@ def test_every_line_is_a_demonstration_or_left_out_with_its_place(lines, tmp_pat
     places = [item.place for item in (*demonstrations, *left_out)]
     assert sorted(places) == sorted(f"{path}:{line}" for line in range(1, len(lines) + 2))
     for d in demonstrations:
+        assert d.messages[0]["role"] != "assistant"
         assert d.learned[-1] and len(d.learned) == len(d.messages)
         assert all(m["role"] == "assistant" for m, counts in zip(d.messages, d.learned, strict=True) if counts)
     assert all(isinstance(item, LeftOut) and item.details for item in left_out)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from alignment.config import load_config
-from benchmarks.method import ROOT, Row, _arm, best_of, compared, table
+from benchmarks.method import ROOT, Row, _arm, _arms, best_of, compared, table
+from benchmarks.peers.trl_online import ROWS, settings
 from benchmarks.plot import line_chart
 
 SMOKE = ROOT / "configs" / "smoke.yaml"
@@ -62,16 +63,51 @@ def test_a_bad_arm_is_refused_before_anything_runs() -> None:
     options = argparse.Namespace(config=str(SMOKE), overrides=[])
     with pytest.raises(SystemExit, match="expected 'NAME: rejection_sampling"):
         _arm("mine: ppo", options, 0)
+    for bad in ("policy.model=tiny-2", "reward.max_tokens=9", "seed=3", "rollouts.max_new_tokens=9"):
+        with pytest.raises(SystemExit, match="an arm's own fields are those of rollouts, selection, training, loop"):
+            _arm(f"mine: rejection_sampling {bad}", options, 0)
+    with pytest.raises(SystemExit, match="a name is letters"):
+        _arm("../mine: grpo", options, 0)
+    with pytest.raises(SystemExit, match=r"training\.lr_schedule=constant"):
+        _arm("mine: grpo training.lr_schedule=cosine", options, 0)
+    chat = argparse.Namespace(config=str(SMOKE), overrides=["policy.prompt_format=chat"])
     with pytest.raises(SystemExit, match=r"policy\.prompt_format=text"):
-        _arm("mine: grpo policy.prompt_format=chat", options, 0)
+        _arm("mine: grpo", chat, 0)
     arm = _arm("no penalty: rejection_sampling training.kl_penalty=0.5", options, 7)
     assert (arm.name, arm.config.training.kl_penalty, arm.config.seed) == ("no penalty", 0.5, 7)
+
+
+@pytest.mark.parametrize("names", [["mine", "mine"], ["base"]])
+def test_an_arm_does_not_write_over_another(names: list[str]) -> None:
+    arms = [f"{name}: rejection_sampling" for name in names]
+    with pytest.raises(SystemExit, match=f"'{names[-1]}' names two arms"):
+        _arms(argparse.Namespace(config=str(SMOKE), overrides=[], arm=arms, seeds=[0]))
+
+
+@pytest.mark.parametrize(("prompts", "responses"), [(32, 8), (12, 8), (1, 2), (25, 3), (67, 2)])
+def test_a_peer_samples_in_each_step_what_an_rs_step_samples(prompts: int, responses: int) -> None:
+    """TRL samples passes × rows completions a step and makes one optimizer step on them."""
+    own = (f"rollouts.num_rollout_samples={prompts}", f"rollouts.num_rollouts_per_prompt={responses}")
+    arguments = settings(load_config(SMOKE, own), steps=3)
+    rows, passes = arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"]
+    assert rows * passes == prompts * responses
+    assert rows <= ROWS
+    assert (arguments["num_generations"], arguments["max_steps"]) == (responses, 3)
+
+
+def test_what_the_config_says_of_a_peers_training_counts() -> None:
+    said = {"lr": 3e-5, "warmup_steps": 2, "beta1": 0.8, "beta2": 0.9, "gradient_clip": 0.5, "kl_penalty": 0.1}
+    arguments = settings(load_config(SMOKE, [f"training.{key}={value}" for key, value in said.items()]), steps=3)
+    assert arguments["lr_scheduler_type"] == "constant_with_warmup"
+    keys = ("learning_rate", "warmup_steps", "adam_beta1", "adam_beta2", "max_grad_norm", "beta")
+    assert [arguments[key] for key in keys] == list(said.values())
 
 
 @pytest.mark.slow
 def test_arms_run_and_what_is_there_is_not_run_again(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.method", "--config", str(SMOKE), "--set", f"run.root={tmp_path}"]
     command += ["--out", str(tmp_path / "out"), "--arm", "ours: rejection_sampling"]
+    command += ["--arm", "mixed: rejection_sampling training.sft_mix=toy:demonstrations training.num_sft_examples=4"]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     first, second = (
         subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True) for _ in range(2)
@@ -79,8 +115,9 @@ def test_arms_run_and_what_is_there_is_not_run_again(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stdout + first.stderr
     assert "ours-seed-0: done" in first.stdout
     assert "ours-seed-0: there already" in second.stdout
-    assert first.stdout.splitlines()[-5:] == second.stdout.splitlines()[-5:]
-    best, *_, ours = json.loads((tmp_path / "out" / "method.json").read_text())
+    assert first.stdout.splitlines()[-6:] == second.stdout.splitlines()[-6:]
+    best, *_, ours, mixed = json.loads((tmp_path / "out" / "method.json").read_text())
+    assert mixed["kl"] != ours["kl"]  # it trained on something else
     assert (best["name"], ours["name"], ours["responses"]) == ("best of 2", "ours", 64)
     assert ours["kl"]["value"] > 0
     assert (tmp_path / "out" / "method.svg").read_text().startswith("<svg")

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sft_runs
 from alignment.config import load_config, parse_config
+from alignment.errors import CheckpointError
 from alignment.fitting import read_weights
-from alignment.sft_stage import summary
+from alignment.sft_stage import main, summary
 from alignment.sft_worker import trainable_policy
 from flow_runs import ROOT, SMOKE, Place, wait_for
 from models.adapters import load_trainable
@@ -107,6 +108,18 @@ def test_the_best_checkpoints_by_validation_loss_are_kept_and_the_best_is_the_mo
         read_weights(folder / "checkpoints/step-000009"),
     )
     assert torch.equal(ninth.model.model.embed_tokens.weight, last["model.embed_tokens.weight"])
+
+
+def test_another_checkpoints_model_replaces_nothing(tmp_path, monkeypatch):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    monkeypatch.setattr(sys, "argv", ["sft_stage", str(tmp_path / "step-000001"), str(mine)])
+    with pytest.raises(SystemExit, match=r"ConfigError: .*mine is there already: name a folder that is not"):
+        main()
+    assert (mine / "thesis.txt").read_text() == "years of work"
+    with pytest.raises(CheckpointError, match=r"has no trained\.safetensors: name a step-\* folder"):
+        read_weights(mine)
 
 
 def test_merged_adapters_compute_what_the_adapters_did(tmp_path):
