@@ -21,6 +21,7 @@ from alignment.config_sections import (
     PromptsSection,
     ResourcesSection,
     ResumeSection,
+    RewardEnsembleSection,
     RewardSection,
     RewardTrainingSection,
     RolloutsSection,
@@ -47,6 +48,7 @@ class Config(Section):
     rollouts: RolloutsSection = RolloutsSection()
     selection: SelectionSection = SelectionSection()
     reward: RewardSection = RewardSection()
+    reward_ensemble: RewardEnsembleSection = RewardEnsembleSection()
     reward_training: RewardTrainingSection = RewardTrainingSection()
     sft: SftSection = SftSection()
     judge: JudgeSection = JudgeSection()
@@ -87,6 +89,12 @@ class Config(Section):
         return own.merge_weights or tuple(1 / len(own.attributes) for _ in own.attributes) or (1.0,)
 
     @property
+    def member_weights(self) -> tuple[float, ...]:
+        """Weight of each model whose score makes the reward: that of reward.name, then the others' in their order."""
+        given, own = self.reward_ensemble.members, self.reward.name
+        return (given.get(own, 1.0), *(weight for name, weight in given.items() if name != own))
+
+    @property
     def reward_repository(self) -> Path:
         """The Triton model repository that exports go to."""
         return Path(self.reward.repository or Path(self.run.root) / "triton_repo")
@@ -117,10 +125,34 @@ class Config(Section):
             if section.min_lr > section.lr:
                 raise ValueError(f"{name}.min_lr ({section.min_lr}) must be <= {name}.lr ({section.lr})")
         self._check_reward_training()
+        self._check_reward_ensemble()
         self._check_sft()
         if self.reward.url is not None and not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^/:\s]+):\d+", self.reward.url):
             raise ValueError(f"reward.url ({self.reward.url}) must be host:port of Triton's gRPC endpoint")
         return self
+
+    def _check_reward_ensemble(self) -> None:
+        own, name = self.reward_ensemble, self.reward.name
+        if own.members and (name not in own.members or len(own.members) < 2):
+            raise ValueError(
+                f"reward_ensemble.members ({', '.join(own.members)}) must hold reward.name ({name}), without a "
+                "version, and at least one more: add them, or leave it empty"
+            )
+        if own.combine == "vote" and not own.members:
+            raise ValueError("reward_ensemble.combine (vote) needs models that vote: set reward_ensemble.members")
+        for member, weight in own.members.items():
+            if weight == 0 or (weight < 0 and own.combine == "vote"):
+                raise ValueError(
+                    f"the weight of {member} in reward_ensemble.members ({weight:g}) must be "
+                    f"{'above 0 in a vote' if own.combine == 'vote' else 'other than 0'}: change it, or name the model "
+                    "in reward_ensemble.shadows"
+                )
+        models = [name, *(m for m in own.members if m != name), *own.shadows]
+        twice = [m for i, m in enumerate(models) if m in models[:i]]
+        if twice:
+            raise ValueError(
+                f"reward_ensemble.shadows names {twice[0]}, which scores already: take it out, or name another version"
+            )
 
     def _check_sft(self) -> None:
         own = self.sft

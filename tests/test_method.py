@@ -14,6 +14,7 @@ from alignment.config import load_config
 from benchmarks.method import ROOT, Row, _arm, _arms, best_of, compared, table
 from benchmarks.peers.trl_online import ROWS, settings
 from benchmarks.plot import line_chart
+from reward_fixtures import export_tiny
 
 SMOKE = ROOT / "configs" / "smoke.yaml"
 # Two prompts; the opponent first, then a pool of four. The reward's best of two are 0.4 and 0.9, of four 0.8 and 0.9.
@@ -64,7 +65,7 @@ def test_a_bad_arm_is_refused_before_anything_runs() -> None:
     with pytest.raises(SystemExit, match="expected 'NAME: rejection_sampling"):
         _arm("mine: ppo", options, 0)
     for bad in ("policy.model=tiny-2", "reward.max_tokens=9", "seed=3", "rollouts.max_new_tokens=9"):
-        with pytest.raises(SystemExit, match="an arm's own fields are those of rollouts, selection, training, loop"):
+        with pytest.raises(SystemExit, match="an arm's own fields are those of rollouts, selection, training"):
             _arm(f"mine: rejection_sampling {bad}", options, 0)
     with pytest.raises(SystemExit, match="a name is letters"):
         _arm("../mine: grpo", options, 0)
@@ -73,6 +74,8 @@ def test_a_bad_arm_is_refused_before_anything_runs() -> None:
     chat = argparse.Namespace(config=str(SMOKE), overrides=["policy.prompt_format=chat"])
     with pytest.raises(SystemExit, match=r"policy\.prompt_format=text"):
         _arm("mine: grpo", chat, 0)
+    with pytest.raises(SystemExit, match="the peers learn from one reward model"):
+        _arm('mine: rloo reward_ensemble.members={"reward_model":1,"other":1}', options, 0)
     arm = _arm("no penalty: rejection_sampling training.kl_penalty=0.5", options, 7)
     assert (arm.name, arm.config.training.kl_penalty, arm.config.seed) == ("no penalty", 0.5, 7)
 
@@ -108,6 +111,9 @@ def test_arms_run_and_what_is_there_is_not_run_again(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.method", "--config", str(SMOKE), "--set", f"run.root={tmp_path}"]
     command += ["--out", str(tmp_path / "out"), "--arm", "ours: rejection_sampling"]
     command += ["--arm", "mixed: rejection_sampling training.sft_mix=toy:demonstrations training.num_sft_examples=4"]
+    members = 'reward_ensemble.members={"reward_model":1,"other":2}'
+    command += ["--arm", f"vote: rejection_sampling {members} reward_ensemble.combine=vote"]
+    export_tiny(tmp_path / "triton_repo", name="other", seed=1)
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     first, second = (
         subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True) for _ in range(2)
@@ -115,9 +121,10 @@ def test_arms_run_and_what_is_there_is_not_run_again(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stdout + first.stderr
     assert "ours-seed-0: done" in first.stdout
     assert "ours-seed-0: there already" in second.stdout
-    assert first.stdout.splitlines()[-6:] == second.stdout.splitlines()[-6:]
-    best, *_, ours, mixed = json.loads((tmp_path / "out" / "method.json").read_text())
+    assert first.stdout.splitlines()[-7:] == second.stdout.splitlines()[-7:]
+    best, *_, ours, mixed, vote = json.loads((tmp_path / "out" / "method.json").read_text())
     assert mixed["kl"] != ours["kl"]  # it trained on something else
     assert (best["name"], ours["name"], ours["responses"]) == ("best of 2", "ours", 64)
     assert ours["kl"]["value"] > 0
+    assert vote["responses"] == 64 and vote["kl"]["value"] not in (0, ours["kl"]["value"])
     assert (tmp_path / "out" / "method.svg").read_text().startswith("<svg")
