@@ -58,7 +58,7 @@ def prepare_prompts(config: Config, run: RunFolder, model: PolicySource, base: P
         prompt
         for source in (model, base)
         if source.run is not None
-        for name in ("train", "validation")
+        for name in ("train", "validation", "mix_in")
         if (source.run / "prompts" / f"{name}.jsonl").is_file()
         for prompt in load_prompts(source.run, name)
     ]

@@ -3,7 +3,7 @@
 They hold on to what the policy learned by imitation while the reward pulls it elsewhere. Of each demonstration the last
 answer is learned; its prompt is nobody's in validation or evaluation. Off unless `training.sft_mix` names a source.
 
-    <run>/prompts/mix_in.jsonl      place, prompt_ids, response_ids, a line each, as the policy reads them
+    <run>/prompts/mix_in.jsonl    id (file:line), messages of the prompt; prompt_ids, response_ids that the policy reads
 """
 
 import json
@@ -49,7 +49,8 @@ def prepare_mix_in(config: Config, run: Path, on_note: Callable[[str], None]) ->
         elif _text(demonstration.messages[:-1]) in held_out:
             left_out.append(LeftOut(place, "held_out_prompt", f"{place}: its prompt measures the policy"))
         else:
-            row = {"place": place, "prompt_ids": sequence.ids[:start], "response_ids": sequence.ids[start:]}
+            row = {"id": place, "messages": demonstration.messages[:-1]}
+            row |= {"prompt_ids": sequence.ids[:start], "response_ids": sequence.ids[start:]}
             lines.append(json_text(row) + "\n")
     told = f"SFT mix-in: {len(lines)} demonstrations of {source}"
     on_note(f"{told}, left out: {count_faults(left_out)}" if left_out else told)
@@ -68,7 +69,7 @@ def load_mix_in(config: Config, run: Path) -> tuple[Rollout, ...]:
     rows = [json.loads(line) for line in (run / "prompts" / "mix_in.jsonl").read_text().splitlines()]
     return tuple(
         Rollout(
-            prompt_id=row["place"],
+            prompt_id=row["id"],
             rollout_index=0,
             response="",
             finish_reason="stop",

@@ -65,7 +65,8 @@ def read_reward_data(config: Config) -> RewardData:
     if own.train:
         items, left_out["train"] = _training_items(config, own.train)
         parts = _split(config, items)
-    learned = {_key(item): "prompt_trained_on" for name in ("train", "validation") for item in parts[name]}
+    learned = {_key(item): "prompt_trained_on" for item in parts["train"]}
+    learned |= {_key(item): "prompt_of_validation_share" for item in parts["validation"]}
     tested = {_key(item): "prompt_of_test_share" for item in parts["test"]}
     validation: dict[str, Sequence[Item]] = {SHARE: parts["validation"]} if parts["validation"] else {}
     measured: dict[str, Sequence[Item]] = {TEST: parts["test"]} if parts["test"] else {}
@@ -73,7 +74,7 @@ def read_reward_data(config: Config) -> RewardData:
         validation[source], left_out[source] = _unseen(config, source, learned | tested)
     chosen_by = {_key(item): "prompt_chose_checkpoint" for item in next(iter(validation.values()), ())}
     for source in filter(None, (own.held_out, *own.also_measure)):
-        measured[source], left_out[source] = _unseen(config, source, chosen_by | learned)
+        measured[source], left_out[source] = _unseen(config, source, learned | chosen_by)
     return RewardData(
         _examples(config, parts["train"]),
         {name: _examples(config, items) for name, items in validation.items()},

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TextIO
 
-from alignment.errors import AlignmentError, ConfigError, DataError
+from alignment.errors import AlignmentError, ConfigError, DataError, TrainingError
 from alignment.types import Message, Prompt
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Speaker:
     def answer(self, text: str, sampling: "Sampling", stream: str) -> Iterator[str]:
         """Pieces of the response to `text` as they are drawn; `stream` names the randomness.
 
-        Raises DataError for a conversation that the policy cannot read.
+        Raises DataError for a conversation that the policy cannot read, TrainingError where its output is not finite.
         """
         import torch
 
@@ -93,7 +93,7 @@ def talk(
             try:
                 for piece in speaker.answer(text, sampling, f"{seed}/chat/{number}"):
                     print(_printable(piece), end="", file=out, flush=True)
-            except DataError as error:
+            except (DataError, TrainingError) as error:
                 print(f"({error})", end="", file=out)
             print(file=out)
         print(file=out, flush=True)
@@ -114,11 +114,15 @@ def main(arguments: list[str] | None = None) -> int:
     except AlignmentError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 1
     from models.decoding import Sampling
 
     sampling = Sampling(options.max_new_tokens, options.temperature, top_p=options.top_p)
     interactive = sys.stdin.isatty()
-    lines = _asked() if interactive else _read(sys.stdin)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # else a stray byte ends it all
+    lines = _asked() if interactive else iter(sys.stdin)
     try:
         talk(speakers, lines, sys.stdout, sampling, seed=options.seed, echo=not interactive)
     except KeyboardInterrupt:
@@ -134,12 +138,6 @@ def _asked() -> Iterator[str]:
             yield input("> ")
         except EOFError:
             return
-
-
-def _read(stream: TextIO) -> Iterator[str]:
-    if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(errors="replace")  # else a stray byte ends it all
-    yield from stream
 
 
 def _speakers(options: argparse.Namespace) -> list[Speaker]:
@@ -174,8 +172,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--prompt-format", choices=("text", "chat"), help="how prompts are read; else as trained")
     parser.add_argument("--max-new-tokens", type=_positive, default=64, help="longest response, in tokens")
-    parser.add_argument("--temperature", type=_above_zero, default=1.0, help="1 samples as the policy was trained")
-    parser.add_argument("--top-p", type=_above_zero, default=1.0, help="sample among the likeliest of this probability")
+    parser.add_argument("--temperature", type=_number, default=1.0, help="1 samples as the policy was trained")
+    parser.add_argument("--top-p", type=_number, default=1.0, help="sample among the likeliest of this probability")
     parser.add_argument("--seed", type=int, default=0, help="another one gives other responses")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what computes")
     parser.add_argument("--root", default="runs", help="run root, for runs that are named by their id")
@@ -188,13 +186,14 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _above_zero(text: str) -> float:
+def _number(text: str) -> float:
+    """A temperature or a share. Logits that are divided by less than 0.001 may leave float32."""
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
+    if not 0.001 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of at least 0.001")
     return value
 
 

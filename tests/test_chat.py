@@ -84,6 +84,14 @@ def test_what_cannot_be_answered_says_why_and_the_talk_goes_on(tiny: Callable[[s
     assert shown.count("base: ") == 2 and not shown.rstrip().endswith(")")
 
 
+def test_weights_that_give_no_numbers_say_so_and_the_other_policy_answers(tiny: Callable[[str], Policy]) -> None:
+    broken, whole = (Speaker(name, tiny("text")) for name in ("base", "aligned"))
+    with torch.no_grad():
+        next(broken.policy.model.parameters()).fill_(float("nan"))
+    shown = said([broken, whole], "Once\n")
+    assert shown.startswith("base: (the policy's probabilities are not finite") and "\naligned: (" not in shown
+
+
 def test_a_response_writes_nothing_to_the_terminal_but_text(tiny: Callable[[str], Policy]) -> None:
     policy = tiny("text")
     shown = "".join(said([Speaker("base", policy)], f"prompt \x1b[2J {i}\n", tokens=60, echo=True) for i in range(8))
@@ -116,7 +124,7 @@ def test_mistakes_are_told_without_a_traceback(tmp_path: Path, capsys: pytest.Ca
     ):
         assert main([*arguments, *root]) == 1
         assert message in capsys.readouterr().err
-    for wrong in (["--temperature", "0"], ["--max-new-tokens", "0"], ["--top-p", "none"]):
+    for wrong in (["--temperature", "0"], ["--temperature", "1e-9"], ["--max-new-tokens", "0"], ["--top-p", "none"]):
         with pytest.raises(SystemExit):
             main(["tiny", *wrong])
 
@@ -143,7 +151,7 @@ def test_at_a_terminal_it_asks_and_ends_with_ctrl_d(tmp_path: Path) -> None:
         env={**os.environ, "TERM": "dumb"}, start_new_session=True,
     )  # fmt: skip
     os.close(terminal)
-    seen, keys = b"", [b"\x04", b"Once upon\n"]  # Ctrl-D means the end only to one who asks
+    seen, keys = b"", [b"\x04", b"caf\xe9\n"]  # Latin-1; and Ctrl-D means the end only to one who asks
     with contextlib.suppress(OSError):  # Linux says so when the other end has closed
         while chunk := os.read(owner, 4096):
             seen += chunk

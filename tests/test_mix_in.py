@@ -1,16 +1,22 @@
 """The SFT mix-in: which demonstrations an RS step trains on, and how they are laid out."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from alignment.config import Config, load_config
+from alignment.embedded import policy_folder
 from alignment.errors import DataError
+from alignment.evaluation_stage import prepare_prompts
 from alignment.mix_in import load_mix_in, mixed
+from alignment.policy_source import PolicySource
+from alignment.preparation import load_prompts
+from alignment.run_folder import RunFolder
 from alignment.stages import begin
 from alignment.toy import toy_demonstrations
-from alignment.types import Rollout
+from alignment.types import Checkpoint, Rollout
 
 SMOKE = Path(__file__).resolve().parent.parent / "configs" / "smoke.yaml"
 
@@ -67,6 +73,20 @@ def test_held_out_prompts_are_nobodys_demonstration(tmp_path: Path, capsys: pyte
     run, _ = begin(config(tmp_path, "training.sft_mix=toy:held_out_demonstrations"), "first")
     assert len((Path(run) / "prompts" / "mix_in.jsonl").read_text().splitlines()) == 56
     assert "56 demonstrations of toy:held_out_demonstrations, left out: 24 held_out_prompt" in capsys.readouterr().out
+
+
+def test_an_evaluation_leaves_out_the_prompts_of_demonstrations_that_were_trained_on(tmp_path: Path) -> None:
+    own = config(tmp_path, "training.sft_mix=toy:held_out_demonstrations")
+    learned, _ = begin(own, "first")
+    base = PolicySource(Checkpoint(str(policy_folder("tiny", tmp_path / "cache")), "", 0), None, None)
+    # Another seed: its evaluation prompts are among those that the run neither validated with nor evaluated on.
+    other = load_config(SMOKE, [f"run.root={tmp_path}", "seed=5", "evaluation.num_prompts=60"])
+    mixed_in = {prompt.messages[0]["content"] for prompt in load_prompts(Path(learned), "mix_in")}
+    chosen = []
+    for name, source in (("unknown", base), ("known", replace(base, run=Path(learned)))):
+        prepare_prompts(other, RunFolder(tmp_path / name), source, base)
+        chosen.append({prompt.messages[0]["content"] for prompt in load_prompts(tmp_path / name, "evaluation")})
+    assert chosen[0] & mixed_in and not chosen[1] & mixed_in and chosen[1]
 
 
 def test_too_few_demonstrations_are_an_error_before_anything_is_trained(tmp_path: Path) -> None:

@@ -96,6 +96,18 @@ def test_what_measures_shares_no_prompt_with_the_set_that_chooses_the_checkpoint
         )
 
 
+def test_prompts_of_the_validation_share_are_left_out_as_such(tmp_path):
+    train = write(tmp_path / "pairs.jsonl", [pair(f"question {i}?", i) for i in range(40)])
+    for name in ("held_out", "validates"):
+        write(tmp_path / f"{name}.jsonl", [pair(f"question {i}?", i) for i in range(41)])
+    held_out, validates = (str(tmp_path / f"{name}.jsonl") for name in ("held_out", "validates"))
+    sets = (f"reward_training.held_out={held_out}", f"reward_training.validation=[{validates}]")
+    data = read_reward_data(config(tmp_path, train, "reward_training.validation_share=0.5", *sets))
+    aside = len(data.validation[SHARE])
+    assert data.left_out[held_out] == {"prompt_trained_on": 40 - aside, "prompt_chose_checkpoint": aside}
+    assert data.left_out[validates] == {"prompt_trained_on": 40 - aside, "prompt_of_validation_share": aside}
+
+
 def test_a_validation_set_shares_no_prompt_with_the_test_share(tmp_path):
     train = write(tmp_path / "pairs.jsonl", [pair(f"question {i}?", i) for i in range(40)])
     write(tmp_path / "same.jsonl", [pair(f"question {i}?", i) for i in range(41)])
