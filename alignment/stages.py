@@ -10,6 +10,7 @@ from typing import Any
 
 from alignment.atomic_files import write_json
 from alignment.config import Config
+from alignment.errors import ConfigError
 from alignment.run_folder import RunFolder, create
 from alignment.task import claim_devices, timed_task
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
@@ -37,6 +38,12 @@ def begin(config: Config, run_id: str, resumed_id: str | None = None) -> tuple[s
             adopt(config, source, run)
         prepare_mix_in(config, run.path, print)
     sets = load_prompt_sets(run.path)
+    if config.rollouts.references == "join" and all(prompt.reference is None for prompt in sets.train):
+        raise ConfigError(
+            f"rollouts.references (join): none of the {len(sets.train)} prompts of prompts.train "
+            f'({config.prompts.train}) has a reference answer: give them a "reference", or set '
+            "rollouts.references=ignore"
+        )
     counts = {name: len(getattr(sets, name)) for name in NAMES}
     print(disk_needs(config, run, config.total_steps(counts["train"])))
     return str(run.path), counts

@@ -28,13 +28,14 @@ def encode_demonstration(reader: PromptReader, demonstration: Demonstration, eos
         whole = reader.encode(text)
         added = whole[len(ids) :] if whole[: len(ids)] == ids else reader.encode_more(piece)
         ends = [i for i, token in enumerate(added, start=1) if token in eos_ids]
+        if is_learned and not ids:
+            raise DataError(f"{demonstration.place}: nothing stands before the answer: give it a question")
         counted = (ends[-1] if ends else len(added)) if is_learned else 0
         ids += added
         learned += [i < counted for i in range(len(added))]
     last = len(learned) - learned[::-1].index(True) if any(learned) else 0
     if last == 0 or ids[last - 1] not in eos_ids:
         ids, learned, last = [*ids, eos_ids[0]], [*learned, True], len(ids) + 1
-    learned[0] = False
     return TokenSequence(tuple(ids[:last]), tuple(learned[:last]))
 
 

@@ -5,16 +5,19 @@ from pathlib import Path
 
 import pytest
 
+from alignment.config import load_config
 from alignment.embedded import policy_folder
-from alignment.errors import DataError
+from alignment.errors import ConfigError, DataError
 from alignment.prompts import read_prompts
 from alignment.records import step_record
 from alignment.rollouts import generate
 from alignment.selection import select
+from alignment.stages import begin
 from alignment.types import Prompt, Rollout, StepUpdate, with_reward
 from models.decoding import Sampling
 from models.policy import Policy, load_policy
 
+SMOKE = Path(__file__).resolve().parent.parent / "configs" / "smoke.yaml"
 QUESTION = ({"role": "user", "content": "Why?"},)
 
 
@@ -95,3 +98,9 @@ def test_the_best_is_selected_whoever_said_it_and_the_means_are_the_policys(poli
     assert (record["reward_mean"], record["selected_reward_mean"], record["judge_mean"]) == (1.5, 9.0, 0.5)
     assert (record["num_rollouts"], record["num_selected"], record["num_selected_references"]) == (2, 1, 1)
     assert record["response_length_mean"] == (drawn[0].num_tokens + drawn[1].num_tokens) / 2
+
+
+def test_references_that_nobody_gave_cannot_join(tmp_path: Path) -> None:
+    config = load_config(SMOKE, [f"run.root={tmp_path}", "rollouts.references=join"])
+    with pytest.raises(ConfigError, match=r"rollouts\.references \(join\): none of the \d+ prompts of prompts\.train"):
+        begin(config, "first")

@@ -50,6 +50,14 @@ def test_text_is_input_and_output_verbatim_and_the_ending_token(folder):
         encode_demonstration(reader, chat("a", "b", "c", "d"), (1,))
 
 
+def test_an_answer_to_nothing_is_refused_where_no_token_stands_before_it(folder):
+    # Its first token could not be predicted, so it would go unlearned without a word.
+    with pytest.raises(DataError, match="file:1: nothing stands before the answer"):
+        encode_demonstration(load_reader(folder, prompt_format="text"), chat("", "b"), (1,))
+    after_a_beginning_token = encode_demonstration(sub_word_reader(), chat("", "b"), (1,))
+    assert after_a_beginning_token.learned == (False, True, True)
+
+
 def test_a_chat_counts_answers_up_to_their_ending_tokens(folder):
     reader = load_reader(folder, prompt_format="chat")
     start, answer = "<|im_start|>user\n", "<|eos|>\n<|im_start|>assistant\n"
