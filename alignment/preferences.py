@@ -17,7 +17,7 @@ left out and counted. A line of the wrong type, with other keys or with a negati
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,19 +30,23 @@ from alignment.types import Message, PreferencePair
 ROLES = ("system", "user", "assistant")
 LeftOut = Literal["different_prompts", "malformed", "identical"]
 Sides = tuple[tuple[Message, ...], str, str]
+OnLeftOut = Callable[[str, LeftOut], None]
+"""Receives "file:line" of a pair that is left out, and why."""
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+_CUT_OFF = re.compile(r"\n\nHuman:?\s*\Z")
 _SCORES = ("score_chosen", "score_rejected")
 _TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def read_pairs(
-    source: str, cache: Path, *, limit: int | None = None
+    source: str, cache: Path, *, limit: int | None = None, on_left_out: OnLeftOut | None = None
 ) -> tuple[list[PreferencePair], dict[LeftOut, int]]:
     """At most `limit` pairs of a source in its order, and how many were left out on the way, by reason.
 
-    `source` is `imdb:…`, `rotten_tomatoes:…` or `toy:…` (see alignment.reviews, alignment.toy), or a .jsonl
-    or .jsonl.gz file as a path, s3:// or hf://. Raises DataError, with file and line where there is one.
+    `on_left_out` is told of each of the latter that a file holds. `source` is `imdb:…`, `rotten_tomatoes:…` or
+    `toy:…` (see alignment.reviews, alignment.toy), or a .jsonl or .jsonl.gz file as a path, s3:// or hf://. Raises
+    DataError, with file and line where there is one.
     """
     if source.startswith(("imdb:", "rotten_tomatoes:")):
         return review_pairs(source)[:limit], {}
@@ -53,10 +57,12 @@ def read_pairs(
     left_out: Counter[LeftOut] = Counter()
     for record, place in _paired_lines(path):
         sides, margin = shared_prompt(record, place), _margin(record, place)
+        if not isinstance(sides, str) and sides[1] == sides[2]:
+            sides = "identical"
         if isinstance(sides, str):
             left_out[sides] += 1
-        elif sides[1] == sides[2]:
-            left_out["identical"] += 1
+            if on_left_out is not None:
+                on_left_out(place, sides)
         else:
             pairs.append(PreferencePair(*sides, margin))
             if len(pairs) == limit:
@@ -111,10 +117,10 @@ def is_transcript(text: str) -> bool:
 def parse_transcript(text: str) -> tuple[Message, ...]:
     """The turns of "\\n\\nHuman: …\\n\\nAssistant: …", the space around each stripped.
 
-    Human becomes the role user. Raises DataError unless the turns alternate from Human to Assistant and each
-    says something.
+    Human becomes the role user; a Human at the very end who says nothing is no turn. Raises DataError unless the turns
+    alternate from Human to Assistant and each says something.
     """
-    start, *parts = _TURN.split(text)
+    start, *parts = _TURN.split(_CUT_OFF.sub("", text))
     speakers, contents = parts[::2], [content.strip() for content in parts[1::2]]
     if start.strip() or not parts:
         raise DataError(f"a transcript begins with a blank line and Human:, found {text[:40]!r}")
