@@ -49,8 +49,8 @@ def prepare_mix_in(config: Config, run: Path, on_note: Callable[[str], None]) ->
         elif _text(demonstration.messages[:-1]) in held_out:
             left_out.append(LeftOut(place, "held_out_prompt", f"{place}: its prompt measures the policy"))
         else:
-            ids = {"prompt_ids": sequence.ids[:start], "response_ids": sequence.ids[start:]}
-            lines.append(json_text({"id": place, "messages": demonstration.messages[:-1], **ids}) + "\n")
+            sides = {"prompt_ids": sequence.ids[:start], "response_ids": sequence.ids[start:]}
+            lines.append(json_text({"id": place, "messages": demonstration.messages[:-1], **sides}) + "\n")
     told = f"SFT mix-in: {len(lines)} demonstrations of {source}"
     on_note(f"{told}, left out: {count_faults(left_out)}" if left_out else told)
     if len(lines) < config.training.num_sft_examples:

@@ -114,8 +114,13 @@ def load_policy(
     reader = load_reader(source, prompt_format=prompt_format, chat_template=chat_template)
     dtype = "auto" if as_stored else torch.float32 if device == "cpu" else torch.bfloat16
     with _named_errors(source):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
-        model = model.to(torch.device(device))  # type: ignore[arg-type]
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        model, report = loaded
+        if report["missing_keys"]:  # transformers makes up what it does not find
+            raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}, so noise would answer")
+        model = model.to(torch.device(device))
     model.eval()
     return Policy(model, reader, _eos_ids(model.generation_config, reader.tokenizer, source))
 

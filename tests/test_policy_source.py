@@ -6,11 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from alignment.embedded import policy_folder
+from alignment.embedded import policy_folder, reward_model_folder
 from alignment.errors import CheckpointError, ConfigError, ModelError
 from alignment.policy_source import find_policy, prompt_format_of
 from models import checkpoints as cp
+from models.policy import load_policy
 
 
 def find(name: object, root: Path) -> tuple[str, int, str]:
@@ -109,6 +111,19 @@ def test_what_cannot_be_evaluated_is_named(run: Path, tmp_path: Path) -> None:
     (pickled / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="pickled holds no safetensors"):
         find(pickled, tmp_path)
+
+
+def test_weights_that_are_not_there_are_not_made_up(tmp_path: Path) -> None:
+    # transformers fills in random numbers and says so in its log.
+    folder = tmp_path / "part"
+    shutil.copytree(policy_folder("tiny", tmp_path / "cache"), folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"cannot load the policy from .*part: its weights lack model\.norm\.weight"):
+        load_policy(folder, prompt_format="text")
+    with pytest.raises(ModelError, match="its weights lack cls"):
+        load_policy(reward_model_folder("tiny", tmp_path / "cache"), prompt_format="text")
 
 
 def test_prompts_are_read_as_asked_as_trained_or_by_the_tokenizer(run: Path) -> None:
