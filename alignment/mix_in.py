@@ -3,11 +3,13 @@
 They hold on to what the policy learned by imitation while the reward pulls it elsewhere. Of each demonstration the last
 answer is learned; its prompt is nobody's in validation or evaluation. Off unless `training.sft_mix` names a source.
 
+    <run>/excluded_examples.jsonl   what was left out: place, fault, details
     <run>/prompts/mix_in.jsonl    id (file:line), messages of the prompt; prompt_ids, response_ids that the policy reads
 """
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from alignment.atomic_files import json_text, write_text
@@ -51,6 +53,7 @@ def prepare_mix_in(config: Config, run: Path, on_note: Callable[[str], None]) ->
         else:
             sides = {"prompt_ids": sequence.ids[:start], "response_ids": sequence.ids[start:]}
             lines.append(json_text({"id": place, "messages": demonstration.messages[:-1], **sides}) + "\n")
+    write_text(run / "excluded_examples.jsonl", "".join(json_text(asdict(item)) + "\n" for item in left_out))
     told = f"SFT mix-in: {len(lines)} demonstrations of {source}"
     on_note(f"{told}, left out: {count_faults(left_out)}" if left_out else told)
     if len(lines) < config.training.num_sft_examples:

@@ -72,6 +72,7 @@ def test_held_out_prompts_are_nobodys_demonstration(tmp_path: Path, capsys: pyte
     # 24 of the 80 held-out prompts measure the policy; their demonstrations are left out
     run, _ = begin(config(tmp_path, "training.sft_mix=toy:held_out_demonstrations"), "first")
     assert len((Path(run) / "prompts" / "mix_in.jsonl").read_text().splitlines()) == 56
+    assert len((Path(run) / "excluded_examples.jsonl").read_text().splitlines()) == 24
     assert "56 demonstrations of toy:held_out_demonstrations, left out: 24 held_out_prompt" in capsys.readouterr().out
 
 
