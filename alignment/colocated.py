@@ -7,7 +7,7 @@ from typing import Any
 from alignment.config import Config
 from alignment.errors import CheckpointError, StoppedError
 from alignment.launch import run_workers
-from alignment.over_optimisation import newest_alarm
+from alignment.over_optimisation import newest_alarms
 from alignment.preparation import load_prompt_sets
 from alignment.progress import ProgressLines
 from alignment.reward_server import RewardServer
@@ -41,8 +41,7 @@ def iterate(config: Config, run: RunFolder, reward: RewardModelRef, judge: Judge
                 wandb_run.log_step(event)
             elif event["kind"] == "validation":
                 wandb_run.log_validation(event)
-                alarm = newest_alarm(run.read_metrics())
-                if alarm:
+                for alarm in newest_alarms(run.read_metrics()):
                     progress.update({"kind": "note", "text": f"alarm: {alarm.text}"})
                     wandb_run.alert(alarm)
             elif event["kind"] == "stopped":

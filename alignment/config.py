@@ -21,6 +21,7 @@ from alignment.config_sections import (
     PromptsSection,
     ResourcesSection,
     ResumeSection,
+    RewardEnsembleSection,
     RewardSection,
     RewardTrainingSection,
     RolloutsSection,
@@ -47,6 +48,7 @@ class Config(Section):
     rollouts: RolloutsSection = RolloutsSection()
     selection: SelectionSection = SelectionSection()
     reward: RewardSection = RewardSection()
+    reward_ensemble: RewardEnsembleSection = RewardEnsembleSection()
     reward_training: RewardTrainingSection = RewardTrainingSection()
     sft: SftSection = SftSection()
     judge: JudgeSection = JudgeSection()
@@ -117,10 +119,34 @@ class Config(Section):
             if section.min_lr > section.lr:
                 raise ValueError(f"{name}.min_lr ({section.min_lr}) must be <= {name}.lr ({section.lr})")
         self._check_reward_training()
+        self._check_reward_ensemble()
         self._check_sft()
         if self.reward.url is not None and not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^/:\s]+):\d+", self.reward.url):
             raise ValueError(f"reward.url ({self.reward.url}) must be host:port of Triton's gRPC endpoint")
         return self
+
+    def _check_reward_ensemble(self) -> None:
+        own, name = self.reward_ensemble, self.reward.name
+        if own.members and (name not in own.members or len(own.members) < 2):
+            raise ValueError(
+                f"reward_ensemble.members ({', '.join(own.members)}) must hold reward.name ({name}), without a "
+                "version, and at least one more: add them, or leave it empty"
+            )
+        if own.combine == "vote" and not own.members:
+            raise ValueError("reward_ensemble.combine (vote) needs models that vote: set reward_ensemble.members")
+        for member, weight in own.members.items():
+            if weight == 0 or (weight < 0 and own.combine == "vote"):
+                raise ValueError(
+                    f"the weight of {member} in reward_ensemble.members ({weight:g}) must be "
+                    f"{'above 0 in a vote' if own.combine == 'vote' else 'other than 0'}: change it, or name the model "
+                    "in reward_ensemble.shadows"
+                )
+        models = [name, *(m for m in own.members if m != name), *own.shadows]
+        twice = [m for i, m in enumerate(models) if m in models[:i]]
+        if twice:
+            raise ValueError(
+                f"reward_ensemble.shadows names {twice[0]}, which scores already: take it out, or name another version"
+            )
 
     def _check_sft(self) -> None:
         own = self.sft

@@ -38,6 +38,7 @@ def _one_source(value: Any) -> Any:
 Number = Annotated[float, BeforeValidator(_exact_float)]
 Name = Annotated[str, BeforeValidator(_name_text)]
 Clock = Annotated[str, BeforeValidator(_clock_text), Field(pattern=r"^\d+:[0-5]?\d:[0-5]?\d:[0-5]?\d$")]
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+(/[0-9]+)?$")]
 Mixture = Annotated[dict[str, Annotated[Number, Field(gt=0)]], BeforeValidator(_one_source), Field(min_length=1)]
 
 
@@ -150,6 +151,17 @@ class RewardSection(Section):
     """What a GPU serves it in: float32, or the type of the stored weights. A CPU computes in float32."""
     runtime: Literal["torch", "onnxruntime"] = "torch"
     """What computes the forward pass; `onnxruntime` takes requirements-onnx.txt, an encoder, and float32."""
+
+
+class RewardEnsembleSection(Section):
+    members: dict[ModelName, Number] = {}
+    """Models whose scores make the reward together, `name` or `name/version`, each with its weight; reward.name is one.
+    They lie in reward.repository or behind reward.url; without a version the newest. Empty: reward.name alone."""
+    combine: Literal["weighted_sum", "vote"] = "weighted_sum"
+    """`weighted_sum` of the scores, which must have one scale (reward.output=standardized gives it); `vote`: the
+    weighted share of the prompt's other responses that a response beats. alignment/ensemble.py defines both."""
+    shadows: tuple[ModelName, ...] = ()
+    """Models that score the same rollouts, are reported, raise the judge's alarm and never select."""
 
 
 class OptimizerSection(Section):

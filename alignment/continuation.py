@@ -28,7 +28,11 @@ def task_of(config: Config) -> dict[str, Any]:
     values = config.model_dump(mode="json")
     kept: dict[str, Any] = {
         "seed": values["seed"],
-        **{f"{name}.{key}": value for name in ("policy", "prompts", "judge") for key, value in values[name].items()},
+        **{
+            f"{name}.{key}": value
+            for name in ("policy", "prompts", "judge", "reward_ensemble")
+            for key, value in values[name].items()
+        },
         **{f"reward.{key}": value for key, value in values["reward"].items() if key not in SERVING},
         "rollouts.num_rollout_samples": config.rollouts.num_rollout_samples,
         "validation.num_prompts": config.validation.num_prompts,

@@ -18,7 +18,7 @@ from alignment.launch import run_workers
 from alignment.preparation import cache_folder, load_prompt_sets
 from alignment.run_folder import RunFolder
 from alignment.stages import begin
-from alignment.task import claim_devices, served, tested_client
+from alignment.task import claim_devices, served, tested_clients
 from alignment.types import Decision, Prompt, RewardModelRef, Rollout, ScoredRollout, StepUpdate
 
 Plain = dict[str, Any]
@@ -77,7 +77,7 @@ def score_shards(
     begun = time.monotonic()
     prompts = step_prompts(config, load_prompt_sets(_run(place).path).train, place["step"])
     ordered = in_prompt_order([_rollout(r) for rollouts, _ in shards for r in rollouts], prompts)
-    scored = [asdict(r) for r in _score(config, place, ordered)]
+    scored = [asdict(r) for r in _score(config, place, ordered, compare=True)]
     return scored, {"rollouts": max(s for _, s in shards), "scoring": time.monotonic() - begun}
 
 
@@ -137,7 +137,7 @@ def train(
 
 def validate(config: Config, place: Place) -> Plain:
     """The validation of the last checkpoint, where one is due; returns its means. The run gets the whole record."""
-    from alignment.over_optimisation import newest_alarm
+    from alignment.over_optimisation import newest_alarms
     from alignment.records import validation_record
     from models.judge import load_judge
 
@@ -149,10 +149,9 @@ def validate(config: Config, place: Place) -> Plain:
     record = validation_record(place["step"], _score(config, place, rollouts), judge, seconds=time.monotonic() - begun)
     if not any(r["kind"] == "validation" and r["step"] == place["step"] for r in run.read_metrics()):
         run.append_metrics(record)  # a retried task finds its record
-    alarm = newest_alarm(run.read_metrics())
-    if alarm:
+    for alarm in newest_alarms(run.read_metrics()):
         print(f"alarm: {alarm.text}")
-    return {key: value for key, value in record.items() if key not in ("rewards", "judged")}
+    return {key: value for key, value in record.items() if key not in ("rewards", "judged", "shadowed")}
 
 
 def _generate(
@@ -192,16 +191,15 @@ def _generate(
     return in_prompt_order([r for batch in batches for r in batch], prompts)
 
 
-def _score(config: Config, place: Place, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
-    """The rollouts with rewards, from a server that lives as long as this call."""
-    from alignment.scoring import score_rollouts
-
+def _score(config: Config, place: Place, rollouts: Sequence[Rollout], *, compare: bool = False) -> list[ScoredRollout]:
+    """The rollouts with rewards, from a server that lives as long as this call; `compare` those of each prompt."""
     reward = RewardModelRef(**place["reward_model_ref"])
     with (
         served(config, _run(place), reward) as server,
-        tested_client(config, server, reward, print) as client,
+        tested_clients(config, _run(place), server, reward, print) as ensemble,
     ):
-        return score_rollouts(client, rollouts)
+        scored = ensemble.score(rollouts)
+        return ensemble.compared(scored) if compare else scored
 
 
 def _run(place: Place) -> RunFolder:

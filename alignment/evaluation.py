@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from alignment import statistics
+from alignment.ensemble import Ensemble
 from alignment.preference_statistics import length_controlled_win_rate, sign_test
 from alignment.response_quality import refusal_fraction, repetition, self_bleu, truncated_fraction
 from alignment.rollouts import generate, in_prompt_order
-from alignment.scoring import RewardClient, score_rollouts
 from alignment.types import Prompt, ScoredRollout
 from models.batching import response_batch, response_logits
 from models.decoding import Sampling
@@ -44,7 +44,7 @@ class Samples:
 def sample_and_score(
     policy: Policy,
     prompts: Sequence[Prompt],
-    client: RewardClient,
+    ensemble: Ensemble,
     judge: Judge,
     *,
     samples_per_prompt: int,
@@ -65,7 +65,7 @@ def sample_and_score(
     ):
         rollouts.extend(batch)
         on_progress(len(rollouts), len(prompts) * samples_per_prompt)
-    scored = score_rollouts(client, in_prompt_order(rollouts, prompts))
+    scored = ensemble.score(in_prompt_order(rollouts, prompts))
     judged = judge.score([judge_text(r.conversation) for r in scored])
     groups = range(0, len(scored), samples_per_prompt)
     return Samples(
@@ -142,7 +142,7 @@ def evaluation(base: Samples, aligned: Samples, kl: Sequence[float] | None) -> d
     }
     for name, estimate in gains.items():
         result |= {name: estimate.value, f"{name}_ci95": list(estimate.ci95)}
-    return result
+    return result | _shadows(base_first, aligned_first)
 
 
 def paired_rows(base: Samples, aligned: Samples, kl: Sequence[float] | None) -> list[dict[str, Any]]:
@@ -164,6 +164,23 @@ def paired_rows(base: Samples, aligned: Samples, kl: Sequence[float] | None) -> 
             base.first(), aligned.first(), base.judged, aligned.judged, divergences, strict=True
         )
     ]
+
+
+def _shadows(base: Sequence[ScoredRollout], aligned: Sequence[ScoredRollout]) -> dict[str, Any]:
+    """What each shadow says of the first responses: `shadows` of the evaluation, where there are any."""
+    found = {}
+    for name in aligned[0].shadow_rewards:
+        before, after = ([r.shadow_rewards[name] for r in side] for side in (base, aligned))
+        gain, rate = statistics.mean_difference(after, before), statistics.win_rate(after, before)
+        found[name] = {
+            "base": sum(before) / len(before),
+            "aligned": sum(after) / len(after),
+            "gain": gain.value,
+            "gain_ci95": list(gain.ci95),
+            "win_rate": rate.value,
+            "win_rate_ci95": list(rate.ci95),
+        }
+    return {"shadows": found} if found else {}
 
 
 def _rewards(rollouts: Sequence[ScoredRollout]) -> list[float]:

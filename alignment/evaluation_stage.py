@@ -15,7 +15,7 @@ from alignment.policy_source import PolicySource, find_policy
 from alignment.preparation import cache_folder, load_prompts, prepare_evaluation
 from alignment.progress import PhaseLines
 from alignment.run_folder import RunFolder, write_json
-from alignment.task import claim_devices, served, tested_client, timed_task, tracker
+from alignment.task import claim_devices, scoring_models, served, tested_clients, timed_task, tracker
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
 
 if TYPE_CHECKING:
@@ -100,11 +100,23 @@ def evaluate_against(
         checkpoint=checkpoint,
         total_seconds=time.time() - started,
         setup_seconds=sum(r["seconds"] for r in metrics if r["kind"] == "task" and r["name"] in SETUP_TASKS),
+        ensemble=_ensemble(config, run, reward),
     )
     write_report(run, report, [_sample(row) for row in rows])
     with tracker(config, run) as wandb_run:
         wandb_run.log_summary(report)
     return report
+
+
+def _ensemble(config: Config, run: RunFolder, reward: RewardModelRef) -> dict[str, Any]:
+    """What the report says of the other models that scored; nothing where the reward model did alone."""
+    models, own = scoring_models(config, run, reward), config.reward_ensemble
+    if len(models.all) == 1:
+        return {}
+    kinds = {"members": models.members, "shadows": models.shadows}
+    keys = ("name", "version", "digest", "accuracy")
+    refs = {kind: [{key: getattr(m, key) for key in keys} for m in found] for kind, found in kinds.items()}
+    return {"combine": own.combine, "weights": dict(own.members), **refs}
 
 
 def _measure(
@@ -129,12 +141,12 @@ def _measure(
             for uri in (base_uri, checkpoint.uri)
         )
         judge = load_judge(Path(judge_ref.uri))
-        with tested_client(config, server, reward, progress.note) as client:
+        with tested_clients(config, run, server, reward, progress.note) as ensemble:
             of_base, of_aligned = (
                 sample_and_score(
                     policy,
                     prompts,
-                    client,
+                    ensemble,
                     judge,
                     samples_per_prompt=count,
                     max_new_tokens=config.rollouts.max_new_tokens,

@@ -1,4 +1,4 @@
-"""The alarm of a run: the reward rises and its shadow, the judge, does not follow. It is told and stops nothing.
+"""The alarm of a run: the reward rises and a shadow, the judge, does not follow. It is told and stops nothing.
 
 A policy that learns what the reward model likes, and not what it stands for, gains reward and nothing else (Gao et
 al., "Scaling Laws for Reward Model Overoptimization", 2023). Every validation is compared with the run's first, on the
@@ -16,6 +16,9 @@ than LEAST_PROMPTS there is none, since so few say too little about the rest for
 Validations without scores per prompt (by runs that recorded means only) carry no measure of their noise. There the
 alarm holds where in the last RUN_LENGTH validations the mean reward lies above the first's and rises each time, and no
 mean of the judge lies above the first's. If nothing changed, any three would do so by chance once in 96 times.
+
+Each of `reward_ensemble.shadows` is compared in the judge's place, and has alarms of its own. Where members vote, a
+validation's reward is the first member's score.
 
 A gain below LEAST_GAIN is none, and a validation that lacks a score, or has one that is no finite number, raises none.
 """
@@ -46,39 +49,59 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """From the validation after RS step `step` on, the judge does not follow the reward; `text` says by how much."""
+    """From the validation after RS step `step` on, `who` does not follow the reward; `text` says by how much."""
 
     step: int
     text: str
+    who: str = "the judge"
 
 
 def alarms(metrics: Sequence[Record]) -> list[Alarm]:
-    """The alarms of a run from the records of metrics.jsonl: one each time that the rule begins to hold."""
-    validations = _validations(metrics)
-    found = [_alarm(validations[: i + 1]) for i in range(len(validations))]
-    begins = zip([None, *found], found, strict=False)
-    return [now for before, now in begins if now is not None and before is None]
+    """The alarms of a run from the records of metrics.jsonl, by step: one each time that the rule begins to hold."""
+    told = []
+    for who, validations in _by_shadow(metrics).items():
+        found = [_alarm(validations[: i + 1], who) for i in range(len(validations))]
+        begins = zip([None, *found], found, strict=False)
+        told += [now for before, now in begins if now is not None and before is None]
+    return sorted(told, key=lambda alarm: alarm.step)
 
 
-def newest_alarm(metrics: Sequence[Record]) -> Alarm | None:
-    """The alarm that begins with the newest validation, if one does: the last of `alarms`, without the work for all."""
-    validations = _validations(metrics)
-    return _alarm(validations) if len(validations) > 1 and _alarm(validations[:-1]) is None else None
+def newest_alarms(metrics: Sequence[Record]) -> list[Alarm]:
+    """The alarms that begin with the newest validation: the last of `alarms`, without the work for all."""
+    found = (
+        _alarm(validations, who)
+        for who, validations in _by_shadow(metrics).items()
+        if len(validations) > 1 and _alarm(validations[:-1], who) is None
+    )
+    return [alarm for alarm in found if alarm is not None]
 
 
-def _validations(metrics: Sequence[Record]) -> list[Record]:
-    return [r for r in metrics if r.get("kind") == "validation"]
+def _by_shadow(metrics: Sequence[Record]) -> dict[str, list[Record]]:
+    """The validations as the judge's, and once more for each served shadow with its scores in the judge's place."""
+    validations = [r for r in metrics if r.get("kind") == "validation"]
+    names = dict.fromkeys(name for r in validations for name in r.get("shadow_means", {}))
+    return {"the judge": validations} | {
+        f"the shadow {name}": [
+            {
+                **record,
+                "judge_mean": record.get("shadow_means", {}).get(name),
+                "judged": record.get("shadowed", {}).get(name),
+            }
+            for record in validations
+        ]
+        for name in names
+    }
 
 
-def _alarm(validations: Sequence[Record]) -> Alarm | None:
-    """Whether the rule holds at the last of these validations."""
+def _alarm(validations: Sequence[Record], who: str) -> Alarm | None:
+    """Whether the rule holds at the last of these validations; the scores in the judge's place are `who`'s."""
     if not _usable(validations[-1]):
         return None
     base, *others = (v for v in validations if _usable(v))
     now = others[-1] if others else base
     if _paired(base, now):
-        return _by_prompts(base, now) if len(base["rewards"]) >= LEAST_PROMPTS else None
-    return _by_means(base, others[-RUN_LENGTH:])
+        return _by_prompts(base, now, who) if len(base["rewards"]) >= LEAST_PROMPTS else None
+    return _by_means(base, others[-RUN_LENGTH:], who)
 
 
 def _usable(record: Record) -> bool:
@@ -93,7 +116,7 @@ def _paired(base: Record, now: Record) -> bool:
     return all(base.get(key) and len(base[key]) == len(now.get(key) or ()) for key in ("rewards", "judged"))
 
 
-def _by_prompts(base: Record, now: Record) -> Alarm | None:
+def _by_prompts(base: Record, now: Record, who: str) -> Alarm | None:
     reward, judge = (_gains(base[key], now[key]) for key in ("rewards", "judged"))
     risen = paired_bootstrap(reward)
     if risen[0] <= 0:
@@ -105,12 +128,13 @@ def _by_prompts(base: Record, now: Record) -> Alarm | None:
     return Alarm(
         now["step"],
         f"since RS step {base['step']} the reward has risen by {reward.mean():.2f} standard deviations (95% "
-        f"{risen[0]:+.2f} to {risen[1]:+.2f}) and the judge by {judge.mean():+.2f} (95% {low:+.2f} to {high:+.2f}), "
+        f"{risen[0]:+.2f} to {risen[1]:+.2f}) and {who} by {judge.mean():+.2f} (95% {low:+.2f} to {high:+.2f}), "
         f"clearly less than {SHARE:.0%} of it: {_REMEDY}",
+        who,
     )
 
 
-def _by_means(base: Record, last: Sequence[Record]) -> Alarm | None:
+def _by_means(base: Record, last: Sequence[Record], who: str) -> Alarm | None:
     rewards = [base["reward_mean"], *(r["reward_mean"] for r in last)]
     rising = all(after - before >= LEAST_GAIN for before, after in itertools.pairwise(rewards))
     if len(last) < RUN_LENGTH or not rising or any(r["judge_mean"] - base["judge_mean"] >= LEAST_GAIN for r in last):
@@ -118,7 +142,8 @@ def _by_means(base: Record, last: Sequence[Record]) -> Alarm | None:
     return Alarm(
         last[-1]["step"],
         f"the mean reward has risen in {RUN_LENGTH} validations, from {rewards[0]:.3f} at RS step {base['step']} to "
-        f"{rewards[-1]:.3f}, and the judge's lies no higher than then in any of them: {_REMEDY}",
+        f"{rewards[-1]:.3f}, and {who}'s lies no higher than then in any of them: {_REMEDY}",
+        who,
     )
 
 

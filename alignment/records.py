@@ -1,7 +1,8 @@
 """The lines that an RS step and a validation leave in metrics.jsonl: all rollouts beside the selected ones.
 
 The judge scores the same rollouts as the reward model, in every step: it is a shadow that selects nothing, and
-`alignment.over_optimisation` compares the two.
+`alignment.over_optimisation` compares the two. Served shadows (`reward_ensemble.shadows`) stand beside it, and so do
+the members of a reward that several models make; their keys are "name/version", and there where the models are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,8 @@ def step_record(
         "selected_reward_mean": mean([scored[i].reward for i in chosen]),
         "judge_mean": mean([judged[i] for i in drawn]),
         "selected_judge_mean": mean([judged[i] for i in chosen]),
+        **_means_by_model("", [scored[i] for i in drawn]),
+        **_means_by_model("selected_", [scored[i] for i in chosen], like=scored),
         "response_length_mean": tokens / len(drawn),
         "truncated_fraction": mean([scored[i].finish_reason == "length" for i in drawn]),
         "duplicate_fraction": 1 - len(distinct) / len(drawn),
@@ -53,15 +56,17 @@ def step_record(
 
 
 def validation_record(step: int, scored: Sequence[ScoredRollout], judge: Judge, seconds: float) -> dict[str, Any]:
-    """The validation's line; `rewards` and `judged` are one score per validation prompt, in the prompts' order."""
+    """The validation's line; `rewards`, `judged` and each of `shadowed` are one score per prompt, in their order."""
     rewards, judged = [r.reward for r in scored], _judged(judge, scored)
     return {
         "kind": "validation",
         "step": step,
         "reward_mean": mean(rewards),
         "judge_mean": mean(judged),
+        **_means_by_model("", scored),
         "rewards": rewards,
         "judged": judged,
+        **_shadowed(scored),
         "seconds": seconds,
     }
 
@@ -69,6 +74,23 @@ def validation_record(step: int, scored: Sequence[ScoredRollout], judge: Judge, 
 def mean(values: Sequence[float]) -> float | None:
     """The mean; None where there is nothing to average."""
     return sum(values) / len(values) if values else None
+
+
+def _means_by_model(
+    prefix: str, rollouts: Sequence[ScoredRollout], *, like: Sequence[ScoredRollout] | None = None
+) -> dict[str, Any]:
+    """`member_means` and `shadow_means`, where there are such models; which ones, `like` says if given."""
+    found = {}
+    for key, column in (("member_means", "member_rewards"), ("shadow_means", "shadow_rewards")):
+        names = getattr((like or rollouts)[0], column)
+        if names:
+            found[prefix + key] = {name: mean([getattr(r, column)[name] for r in rollouts]) for name in names}
+    return found
+
+
+def _shadowed(scored: Sequence[ScoredRollout]) -> dict[str, Any]:
+    names = scored[0].shadow_rewards
+    return {"shadowed": {name: [r.shadow_rewards[name] for r in scored] for name in names}} if names else {}
 
 
 def _judged(judge: Judge, scored: Sequence[ScoredRollout]) -> list[float]:

@@ -20,6 +20,8 @@ from alignment.types import Checkpoint, JudgeRef, RewardModelRef
 REWARD_KEYS = ("reward_mean", "selected_reward_mean", "response_length_mean", "truncated_fraction")
 STEP_KEYS = ("step", *REWARD_KEYS, "loss", "grad_norm", "lr")
 SHADOW_KEYS = ("judge_mean", "selected_judge_mean")
+BY_MODEL_KEYS = ("member_means", "selected_member_means", "shadow_means", "selected_shadow_means")
+"""Of runs in which several reward models score; a validation selects nothing and has no selected ones."""
 PHASES = ("rollouts", "scoring", "update")
 VALIDATION_KEYS = ("step", "reward_mean", "judge_mean")
 POLICY_KEYS = (
@@ -65,12 +67,13 @@ def build_report(
     checkpoint: Checkpoint,
     total_seconds: float,
     setup_seconds: float,
+    ensemble: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of report.json, from the records of metrics.jsonl and the evaluation of `checkpoint` against `base`.
 
     A step's `seconds.validation` is that of the validation after it, 0.0 without one. In `seconds`, the
     overhead is what is left of the total after setup, the phases, all validations and `evaluation.seconds`
-    (taken as 0 where absent): starts of workers, loading, saving.
+    (taken as 0 where absent): starts of workers, loading, saving. `ensemble` says which other models scored.
 
     Raises DataError for a record or an evaluation that lacks a key, or for a step recorded twice.
     """
@@ -93,10 +96,11 @@ def build_report(
         "run_id": run_id,
         "steps": steps,
         "alarms": [asdict(alarm) for alarm in alarms(metrics)],
-        "validation": [{key: _take(r, key, _name(r)) for key in VALIDATION_KEYS} for r in validations],
+        "validation": [{key: _take(r, key, _name(r)) for key in VALIDATION_KEYS} | _by_model(r) for r in validations],
         "evaluation": dict(evaluation),
         "reward_model": {key: getattr(reward_model, key) for key in ("name", "version", "digest", "accuracy")},
         "judge": {"name": judge.name, "accuracy": judge.accuracy},
+        **({"reward_ensemble": dict(ensemble)} if ensemble else {}),
         "seconds": seconds,
         "base": {"uri": base},
         "checkpoint": {"uri": checkpoint.uri, "sha256": checkpoint.sha256, "step": checkpoint.step},
@@ -138,17 +142,22 @@ def verdict(report: Mapping[str, Any]) -> str:
 
 
 def summary(report: Mapping[str, Any], page: str) -> str:
-    """At most 14 lines for the terminal; `page` is where report.html lies."""
+    """At most 14 lines for the terminal, and one for each shadow; `page` is where report.html lies."""
     e, seconds = report["evaluation"], report["seconds"]
     best = e["best_of_n"]
     lines = [f"run {report['run_id']}: {verdict(report)}"]
-    if report["alarms"]:  # one line, whatever their number: each was told when it came
-        at = ", ".join(str(alarm["step"]) for alarm in report["alarms"])
-        lines.append(f"  alarm      at RS step {at}: the judge does not follow the reward")
+    # One line for each of whom, whatever the number of alarms: each was told when it came.
+    for who in dict.fromkeys(alarm["who"] for alarm in report["alarms"]):
+        at = ", ".join(str(alarm["step"]) for alarm in report["alarms"] if alarm["who"] == who)
+        lines.append(f"  alarm      at RS step {at}: {who} does not follow the reward")
     for label, key in (("reward", "reward"), ("judge", "judge")):
         low, high = e[f"{key}_gain_ci95"]
         before, after, gain = e["base"][f"{key}_mean"], e["aligned"][f"{key}_mean"], e[f"{key}_gain"]
         lines.append(f"  {label:<10} {before:.3f} → {after:.3f}, gain {gain:+.3f} (95% {low:+.3f} to {high:+.3f})")
+    for name, shadow in e.get("shadows", {}).items():
+        low, high = shadow["gain_ci95"]
+        scores = f"{shadow['base']:.3f} → {shadow['aligned']:.3f}, gain {shadow['gain']:+.3f}"
+        lines.append(f"  shadow     {name}: {scores} (95% {low:+.3f} to {high:+.3f})")
     lines.append(f"  win rate   {e['win_rate']:.1%} by reward, {e['judge_win_rate']:.1%} by the judge")
     lines.append(
         f"  the same at equal length {e['length_controlled_win_rate']:.1%} and "
@@ -181,7 +190,12 @@ def _step(record: Mapping[str, Any], validation_seconds: Mapping[int, float]) ->
     # A run may go on from one whose steps were recorded before these were measured.
     step |= {key: record.get(key) for key in SHADOW_KEYS}
     step["scoring_server"] = {key: record.get("scoring_server", {}).get(key) for key in FIELDS}
+    step |= _by_model(record)
     return step | {"seconds": seconds | {"validation": validation_seconds.get(step["step"], 0.0)}}
+
+
+def _by_model(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: record[key] for key in BY_MODEL_KEYS if key in record}
 
 
 def _take(values: Mapping[str, Any], path: str, where: str) -> Any:

@@ -81,8 +81,29 @@ def _charts(report: Mapping[str, Any]) -> list[Chart]:
     return [
         line_chart("rewards", "Mean reward by step", "RS step", "mean reward", rewards),
         line_chart("judge", "Mean judge score by step", "RS step", "mean judge score", judged),
+        *_model_charts(steps, validations),
         *([] if report["evaluation"]["aligned"]["kl_to_base"] is None else [_frontier(report["evaluation"])]),
     ]
+
+
+def _model_charts(steps: Sequence[Mapping[str, Any]], validations: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """One chart for each member and shadow where several reward models score: their scales differ."""
+    charts = []
+    for kind in ("member", "shadow"):
+        key = f"{kind}_means"
+        for name in dict.fromkeys(name for r in (*steps, *validations) for name in r.get(key, {})):
+
+            def line(records: Sequence[Mapping[str, Any]], key: str, name: str = name) -> list[Point]:
+                return [(r["step"], r[key][name]) for r in records if r.get(key, {}).get(name) is not None]
+
+            lines = {
+                "All rollouts": line(steps, key),
+                "Selected rollouts": line(steps, f"selected_{key}"),
+                "Validation": line(validations, key),
+            }
+            title = f"Mean score of the {kind} {name} by step"
+            charts.append(line_chart(f"{kind}-{name.replace('/', '-')}", title, "RS step", "mean score", lines))
+    return charts
 
 
 def _frontier(evaluation: Mapping[str, Any]) -> Chart:

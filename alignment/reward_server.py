@@ -7,7 +7,7 @@ model's repository, version and digest, never a URL.
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,12 +49,13 @@ def reward_server(
     grpc_port: int,
     log: Path,
     threads: int | None = None,
+    also: Sequence[str] = (),
 ) -> Iterator[RewardServer]:
     """The server at `url`, or one started here for as long as the context lasts.
 
     Returns at once, so that the server's start overlaps with the caller's: the client waits
     (`RewardClient(..., check=server.check).wait_ready(...)`). `grpc_port` 0 picks a free port; `threads` is
-    torch threads of the served model.
+    torch threads of each served model; `also` names further models of the repository, as "name/version".
     """
     if url is not None:
         yield RewardServer(url)
@@ -66,7 +67,7 @@ def reward_server(
         output = log.open("ab")
     with output:
         process = subprocess.Popen(
-            _command(repository, name, version, port, metrics_port, threads),
+            [*_command(repository, name, version, port, metrics_port, threads), *_also(also)],
             env={**os.environ, "PYTHONPATH": _python_path()},
             stdin=subprocess.PIPE,
             stdout=output,
@@ -84,6 +85,10 @@ def _command(repository: Path, name: str, version: str, port: int, metrics_port:
     command = [sys.executable, "-m", "infra.triton", "--watch-stdin", "--repository", str(repository), "--model", name]
     command += ["--grpc-port", str(port), "--metrics-port", str(metrics_port), "--version", version]
     return command if threads is None else [*command, "--threads", str(threads)]
+
+
+def _also(models: Sequence[str]) -> list[str]:
+    return [word for model in models for word in ("--also", model)]
 
 
 def _python_path() -> str:

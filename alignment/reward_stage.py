@@ -235,5 +235,5 @@ def _base_files(source: Path | str) -> dict[str, str]:
 
 def _external(config: Config, url: str) -> RewardModelRef:
     """A reference to the model behind `reward.url`, whose weights this run never sees."""
-    with reward_client(config, url, config.reward.version) as client:
+    with reward_client(config, url, config.reward.name, config.reward.version) as client:
         return RewardModelRef(config.reward.name, client.model_version, "", "", None)

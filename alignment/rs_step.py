@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from alignment.config import Config
+from alignment.ensemble import Ensemble, by_model
 from alignment.errors import RewardError
 from alignment.lifeline import Stop, StopRequested
 from alignment.preparation import PromptSets
 from alignment.prompts import read_order
 from alignment.records import step_record, validation_record
 from alignment.rollouts import generate, in_prompt_order
-from alignment.scoring import RewardClient, score_in_background
+from alignment.run_folder import MODEL_COLUMNS
 from alignment.selection import select
 from alignment.trainer import Trainer, train_step
 from alignment.triton_metrics import ServerWatch
@@ -23,7 +24,7 @@ from models.judge import Judge
 
 Emit = Callable[[Mapping[str, Any]], None]
 
-StoredScores = dict[tuple[str, int, str], float]
+StoredScores = dict[tuple[str, int, str], dict[str, Any]]
 
 T = TypeVar("T")
 
@@ -36,12 +37,12 @@ class Interrupted(Exception):
 class Session:
     """What a colocated worker holds besides the trainer: prompts, scorers, where events go and whether to stop.
 
-    `watch` reads the reward server's statistics, for the writer alone.
+    `watch` reads the reward server's statistics on the run's own reward model, for the writer alone.
     """
 
     trainer: Trainer
     prompts: PromptSets
-    client: RewardClient
+    ensemble: Ensemble
     judge: Judge
     watch: ServerWatch
     emit: Emit
@@ -159,11 +160,12 @@ def _score(session: Session, batch: Sequence[Rollout], stored: StoredScores) -> 
     must be those of the first attempt.
     """
     known = [(r.prompt_id, r.rollout_index, r.response) in stored for r in batch]
-    future = score_in_background(session.client, [r for r, k in zip(batch, known, strict=True) if not k])
+    future = session.ensemble.score_in_background([r for r, k in zip(batch, known, strict=True) if not k])
 
     def collect() -> list[ScoredRollout]:
         new = iter(_result(session, future))
-        return [_known(session, r, stored) if k else next(new) for r, k in zip(batch, known, strict=True)]
+        scored = [_known(session, r, stored) if k else next(new) for r, k in zip(batch, known, strict=True)]
+        return session.ensemble.compared(scored)  # a batch holds all responses of its prompts
 
     return collect
 
@@ -176,20 +178,19 @@ def _result(session: Session, future: Future[list[ScoredRollout]]) -> list[Score
 
 
 def _known(session: Session, rollout: Rollout, stored: StoredScores) -> ScoredRollout:
-    reward = stored[rollout.prompt_id, rollout.rollout_index, rollout.response]
-    client = session.client
-    return with_reward(rollout, reward, model=client.model_name, version=client.model_version)
+    row = stored[rollout.prompt_id, rollout.rollout_index, rollout.response]
+    ensemble, by_column = session.ensemble, {column: by_model(row, column) for column in MODEL_COLUMNS}
+    return with_reward(rollout, row["reward"], model=ensemble.model_name, version=ensemble.model_version, **by_column)
 
 
 def _stored_scores(session: Session, step: int) -> StoredScores:
-    """Scores of this very step from an attempt that did not reach its checkpoint, by the same reward model."""
+    """Scores of this very step from an attempt that did not reach its checkpoint, by the same reward models."""
     if not session.trainer.run.rollouts_file(step).exists():
         return {}
     return {
-        (row["prompt_id"], row["rollout_index"], row["response"]): row["reward"]
+        (row["prompt_id"], row["rollout_index"], row["response"]): row
         for row in session.trainer.run.read_rollouts(step)
-        if (row["reward_model"], row["reward_model_version"])
-        == (session.client.model_name, session.client.model_version)
+        if session.ensemble.knows(row)
     }
 
 
@@ -218,5 +219,5 @@ def _validation_share(session: Session) -> list[ScoredRollout]:
         stream=f"{config.seed}/validation",
     ):
         session.stop.check()
-        pending.append(score_in_background(session.client, batch))
+        pending.append(session.ensemble.score_in_background(batch))
     return [r for future in pending for r in _result(session, future)]

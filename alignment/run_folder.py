@@ -39,6 +39,8 @@ COLUMNS = {
     "reason": "string",
 }
 """Columns of rollouts/step-*.parquet and their Arrow types."""
+MODEL_COLUMNS = ("member_rewards", "shadow_rewards")
+"""Further columns, maps from "name/version" to a score, of runs in which several reward models score."""
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,9 @@ def _rollout_table(step: int, scored: Sequence[ScoredRollout], decisions: Sequen
     import pyarrow as pa
 
     schema = pa.schema([(name, getattr(pa, kind)()) for name, kind in COLUMNS.items()])
+    for name in MODEL_COLUMNS:
+        if any(getattr(r, name) for r in scored):
+            schema = schema.append(pa.field(name, pa.map_(pa.string(), pa.float64())))
     if [(r.prompt_id, r.rollout_index) for r in scored] != [(d.prompt_id, d.rollout_index) for d in decisions]:
         raise DataError(
             f"RS step {step}: {len(decisions)} decisions do not match {len(scored)} rollouts: "

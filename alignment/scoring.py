@@ -245,4 +245,9 @@ def score_in_background(client: RewardClient, rollouts: Sequence[Rollout]) -> Fu
 
     Raises RewardServerError once the client is closed.
     """
-    return client._submit(client._background, score_rollouts, client, rollouts)
+    return in_background(client, score_rollouts, client, rollouts)
+
+
+def in_background(client: RewardClient, function: Callable[..., T], *arguments: Any) -> Future[T]:
+    """A call in the client's own thread. Raises RewardServerError once the client is closed."""
+    return client._submit(client._background, function, *arguments)

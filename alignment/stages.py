@@ -45,8 +45,10 @@ def begin(config: Config, run_id: str, resumed_id: str | None = None) -> tuple[s
 def prepare_scorers(config: Config, run_path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The reward model, exported, and the judge, saved; returns references to both.
 
-    A run has one of each: they are written to scorers.json and found there by whatever goes on with the run.
+    A run has one of each: they are written to scorers.json and found there by whatever goes on with the run. What
+    `reward_ensemble` names stands there too; it is looked for first, before anything is trained.
     """
+    from alignment.ensemble_stage import check_distinct, find_others
     from alignment.judge_stage import prepare_judge
     from alignment.reward_stage import prepare_reward_model
 
@@ -54,9 +56,11 @@ def prepare_scorers(config: Config, run_path: str) -> tuple[dict[str, Any], dict
     run = RunFolder(Path(run_path))
     if not run.scorers.exists():
         with timed_task(run, "reward_model"):
+            others = find_others(config)
             reward = prepare_reward_model(config, print, run.path.name)
+            check_distinct(reward, others)
             judge = prepare_judge(config, run.path / "judge", print)
-        write_json(run.scorers, {"reward_model": asdict(reward), "judge": asdict(judge)})
+        write_json(run.scorers, {"reward_model": asdict(reward), "judge": asdict(judge), **others})
     scorers = json.loads(run.scorers.read_text())
     return scorers["reward_model"], scorers["judge"]
 

@@ -1,9 +1,11 @@
 """What every task of a run has around its work: a device check, a tested reward server, W&B, and a clock."""
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ from alignment.tracking import Tracker, tracked
 from alignment.types import RewardModelRef
 
 if TYPE_CHECKING:
+    from alignment.ensemble import Ensemble
     from alignment.scoring import RewardClient
 
 COMMAND_STARTED = "RS_COMMAND_STARTED"
@@ -45,8 +48,31 @@ def ends_at(config: Config) -> list[str]:
     return ["--ends-at", str(float(os.environ.get(COMMAND_STARTED, time.time())) + seconds)]
 
 
+@dataclass(frozen=True, slots=True)
+class ScoringModels:
+    """The models that score a run's responses: `members` make the reward, the first by itself in most runs."""
+
+    members: tuple[RewardModelRef, ...]
+    shadows: tuple[RewardModelRef, ...]
+
+    @property
+    def all(self) -> tuple[RewardModelRef, ...]:
+        """Members, then shadows."""
+        return (*self.members, *self.shadows)
+
+
+def scoring_models(config: Config, run: RunFolder, reward: RewardModelRef) -> ScoringModels:
+    """The run's reward model, and what `reward_ensemble` puts beside it as the run's scorers.json pins it."""
+    others: dict[str, list[RewardModelRef]] = {"members": [], "shadows": []}
+    if config.reward_ensemble.members or config.reward_ensemble.shadows:
+        saved = json.loads(run.scorers.read_text())
+        others = {key: [RewardModelRef(**ref) for ref in saved[key]] for key in others}
+    return ScoringModels((reward, *others["members"]), tuple(others["shadows"]))
+
+
 def served(config: Config, run: RunFolder, reward: RewardModelRef) -> AbstractContextManager[RewardServer]:
     """The reward server of this task: external where `reward.url` is set, else a child that ends with it."""
+    others = scoring_models(config, run, reward).all[1:]
     return reward_server(
         repository=Path(reward.repository),
         name=reward.name,
@@ -55,15 +81,41 @@ def served(config: Config, run: RunFolder, reward: RewardModelRef) -> AbstractCo
         grpc_port=config.reward.grpc_port,
         log=run.path / "logs" / "triton.log",
         threads=config.resources.threads,
+        also=[f"{other.name}/{other.version}" for other in others],
     )
 
 
-def reward_client(config: Config, url: str, version: str, *, check: Callable[[], None] | None = None) -> "RewardClient":
-    """A client of the server at `url` that scores with `version`; `check` as in `RewardClient`."""
+def reward_client(
+    config: Config, url: str, name: str, version: str, *, check: Callable[[], None] | None = None
+) -> "RewardClient":
+    """A client of the server at `url` that scores with this model and version; `check` as in `RewardClient`."""
     from alignment.scoring import RewardClient
 
     reward = config.reward
-    return RewardClient(url, reward.name, version, reward.timeout_s, patience_s=reward.patience_s, check=check)
+    return RewardClient(url, name, version, reward.timeout_s, patience_s=reward.patience_s, check=check)
+
+
+@contextmanager
+def scoring_clients(
+    config: Config, url: str, models: ScoringModels, *, check: Callable[[], None] | None = None
+) -> Iterator["Ensemble"]:
+    """A client of each model at `url`; `check` as in `RewardClient`."""
+    from alignment.ensemble import Ensemble
+
+    given = config.reward_ensemble.members
+    names = [config.reward.name, *(name for name in given if name != config.reward.name)]
+    with ExitStack() as stack:  # the first closes last, since what it does in the background waits for the others
+        clients = [
+            stack.enter_context(reward_client(config, url, model.name, model.version, check=check))
+            for model in models.all
+        ]
+        count = len(models.members)
+        yield Ensemble(
+            tuple(clients[:count]),
+            tuple(given.get(name, 1.0) for name in names),
+            config.reward_ensemble.combine,
+            tuple(clients[count:]),
+        )
 
 
 def check_scoring(
@@ -82,13 +134,15 @@ def check_scoring(
 
 
 @contextmanager
-def tested_client(
-    config: Config, server: RewardServer, reward: RewardModelRef, on_note: Callable[[str], None]
-) -> Iterator["RewardClient"]:
-    """A client of this task's server, which has passed its self-test. Raises RewardServerError."""
-    with reward_client(config, server.url, reward.version, check=server.check) as client:
-        check_scoring(config, client, reward, on_note)
-        yield client
+def tested_clients(
+    config: Config, run: RunFolder, server: RewardServer, reward: RewardModelRef, on_note: Callable[[str], None]
+) -> Iterator["Ensemble"]:
+    """Clients of this task's server, whose models have passed their self-tests. Raises RewardServerError."""
+    models = scoring_models(config, run, reward)
+    with scoring_clients(config, server.url, models, check=server.check) as ensemble:
+        for client, model in zip(ensemble.clients, models.all, strict=True):
+            check_scoring(config, client, model, on_note)
+        yield ensemble
 
 
 def tracker(config: Config, run: RunFolder) -> AbstractContextManager[Tracker]:

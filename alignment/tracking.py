@@ -61,20 +61,24 @@ class Tracker:
         values = {name: record[key] for name, key in STEP_NAMES.items()}
         values |= {name: record["seconds"][key] for name, key in TIMER_NAMES.items()}
         values |= {f"scoring_server/{key}": value for key, value in record["scoring_server"].items()}
+        for key in ("member_means", "selected_member_means", "shadow_means", "selected_shadow_means"):
+            values |= {f"train_rollouts/{key}/{model}": mean for model, mean in record.get(key, {}).items()}
         self._log("step", record["step"], values)
 
     def log_validation(self, record: Mapping[str, Any]) -> None:
         """Logs a "validation" record."""
         values = {"val_rollouts/global_rewards": record["reward_mean"], "val_rollouts/judge": record["judge_mean"]}
+        for key in ("member_means", "shadow_means"):
+            values |= {f"val_rollouts/{key}/{model}": mean for model, mean in record.get(key, {}).items()}
         self._log("validation", record["step"], values | {"timers/validation_time": record["seconds"]})
 
     def alert(self, alarm: Alarm) -> None:
         """Sends an alarm as a W&B alert, once."""
 
         def send(run: Any) -> None:
-            run.alert(title=f"RS step {alarm.step}: the judge does not follow the reward", text=alarm.text)
+            run.alert(title=f"RS step {alarm.step}: {alarm.who} does not follow the reward", text=alarm.text)
 
-        self._once(f"alarm {alarm.step}", send)
+        self._once(f"alarm {alarm.step} {alarm.who}", send)
 
     def log_summary(self, report: Mapping[str, Any]) -> None:
         """Puts the report's result into the W&B run's summary, as `evaluation/win_rate` and so on."""

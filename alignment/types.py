@@ -5,7 +5,7 @@
 Rollouts are grouped by `prompt_id`, never by text or token ids: two prompts may share a text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypedDict
 
@@ -128,17 +128,26 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredRollout(Rollout):
-    """A rollout with its reward (the reward model's scalar, no unit, higher is better) and who gave it."""
+    """A rollout with its reward (the reward model's scalar, no unit, higher is better) and who gave it.
+
+    Where several models score, `member_rewards` holds what each of those gave that make the reward together, and
+    `shadow_rewards` what each gave that only looks on; keys are "name/version".
+    """
 
     reward: float
     reward_model: str = ""
     reward_model_version: str = ""
+    member_rewards: Mapping[str, float] = field(default_factory=dict)
+    shadow_rewards: Mapping[str, float] = field(default_factory=dict)
 
 
-def with_reward(rollout: Rollout, reward: float, *, model: str, version: str) -> ScoredRollout:
-    """The rollout with its reward and the name and version of the reward model that gave it."""
+def with_reward(rollout: Rollout, reward: float, *, model: str, version: str, **by_model: Any) -> ScoredRollout:
+    """The rollout with its reward and the name and version of the reward model that gave it.
+
+    `by_model` is `member_rewards` and `shadow_rewards`.
+    """
     kept = {field.name: getattr(rollout, field.name) for field in fields(Rollout)}
-    return ScoredRollout(**kept, reward=reward, reward_model=model, reward_model_version=version)
+    return ScoredRollout(**kept, reward=reward, reward_model=model, reward_model_version=version, **by_model)
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,7 @@ def work(config: Config, run: RunFolder, options: argparse.Namespace, stop: Stop
     from alignment.engine import start_ranks
     from alignment.preparation import load_prompt_sets
     from alignment.rs_step import Session
-    from alignment.task import check_scoring, ready_timeout_s, reward_client
+    from alignment.task import check_scoring, ready_timeout_s, scoring_clients, scoring_models
     from alignment.trainer import load_trainer
     from alignment.triton_metrics import ServerWatch
     from models.judge import load_judge
@@ -73,24 +73,26 @@ def work(config: Config, run: RunFolder, options: argparse.Namespace, stop: Stop
     judge = load_judge(Path(options.judge))
     report = emit if trainer.is_writer else _silent
     reward = RewardModelRef(**json.loads(options.reward_model))
+    models = scoring_models(config, run, reward)
 
     def note(text: str) -> None:
         report({"kind": "note", "text": text})
 
     with (
-        reward_client(config, options.url, reward.version, check=stop.check) as client,
+        scoring_clients(config, options.url, models, check=stop.check) as ensemble,
         ServerWatch(options.url, reward.name, reward.version, options.metrics_url, note) as watch,
     ):
         with contextlib.suppress(StopRequested):
             if trainer.is_writer:
-                check_scoring(config, client, reward, note)
+                for client, model in zip(ensemble.clients, models.all, strict=True):
+                    check_scoring(config, client, model, note)
             else:
-                client.wait_ready(ready_timeout_s(config))
+                ensemble.wait_ready(ready_timeout_s(config))
         if trainer.any(bool(stop.reason)):  # all ranks or none
             report({"kind": "stopped", "step": trainer.start, "reason": stop.reason or ANOTHER})
             return
         prompts = load_prompt_sets(run.path)
-        run_iteration(Session(trainer, prompts, client, judge, watch, report, stop), options.until)
+        run_iteration(Session(trainer, prompts, ensemble, judge, watch, report, stop), options.until)
 
 
 def run_iteration(session: "Session", until: int) -> None:

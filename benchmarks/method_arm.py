@@ -17,6 +17,7 @@ from alignment.atomic_files import write_json
 from alignment.config import Config, parse_config
 from alignment.embedded import policy_folder
 from alignment.engine import build_engine, learning_rate, start_ranks
+from alignment.ensemble import Ensemble
 from alignment.evaluation import kl_to_base, sample_and_score
 from alignment.preparation import PromptSets, cache_folder, load_prompt_sets
 from alignment.rollouts import generate, in_prompt_order
@@ -70,7 +71,7 @@ class World:
         samples = sample_and_score(
             policy,
             self.prompts.evaluation,
-            self.scorer,  # type: ignore[arg-type]
+            Ensemble((self.scorer,)),  # type: ignore[arg-type]
             self.judge,
             samples_per_prompt=samples_per_prompt,
             max_new_tokens=self.config.rollouts.max_new_tokens,

@@ -207,6 +207,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         models = servable_versions(options.repository, options.model, options.version)
+        for name, version in options.also:
+            found = servable_versions(options.repository, name, version)[name]
+            models[name] = sorted({*models.get(name, []), *found}, key=int)
     except RewardServerError as error:
         print(error, file=sys.stderr)
         return 2
@@ -240,6 +243,8 @@ def _parser() -> argparse.ArgumentParser:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--version", help="serve this version alone")
     which.add_argument("--follow", action="store_true", help="serve versions that are exported later, too")
+    also = "with --model, serve this version of this model too; may be repeated"
+    parser.add_argument("--also", type=_model_version, action="append", default=[], metavar="NAME/VERSION", help=also)
     for kind in ("grpc", "http", "metrics"):
         parser.add_argument(f"--{kind}-port", type=_port, default=0, help="0 picks a free one")
     parser.add_argument("--threads", type=int, help="torch threads of the model; all cores if left out")
@@ -252,6 +257,13 @@ def _port(text: str) -> int:
     if not text.isdigit() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no port: give a number from 0 to 65535")
     return int(text)
+
+
+def _model_version(text: str) -> tuple[str, str]:
+    name, _, version = text.partition("/")
+    if not name or not version.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no version of a model: give e.g. reward_model/2")
+    return name, version
 
 
 def _ports(options: argparse.Namespace) -> Ports:

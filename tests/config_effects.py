@@ -22,6 +22,7 @@ import torch
 
 import reward_runs
 from alignment import colocated, evaluation_stage, worker
+from alignment.atomic_files import write_json
 from alignment.config import Config, parse_config
 from alignment.errors import AlignmentError
 from alignment.judge_stage import prepare_judge
@@ -41,7 +42,7 @@ _numbers = itertools.count(1)
 
 
 class RewardClientStandIn:
-    """Stands in for a client and its server: a response's reward depends on its text alone."""
+    """Stands in for a client and its server: a response's reward depends on its text and the model's name alone."""
 
     def __init__(self, url: str, model_name: str, model_version: str, timeout_s: float, **_: Any) -> None:
         self.url, self.model_name, self.model_version, self.timeout_s = url, model_name, model_version, timeout_s
@@ -60,7 +61,7 @@ class RewardClientStandIn:
         return pool.submit(function, *arguments)
 
     def score(self, conversations: Any) -> list[float]:
-        return [sum(map(ord, messages[-1]["content"])) % 997 / 100 for messages in conversations]
+        return [sum(map(ord, messages[-1]["content"])) * len(self.model_name) % 997 / 100 for messages in conversations]
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,13 @@ def run_iteration(config: Config, run: RunFolder | None = None, until: int | Non
     options.reward_model = json.dumps(asdict(reference(config)))
     external = config.model_copy(update={"reward": config.reward.model_copy(update={"url": options.url})})
     options.judge = str(Path(config.run.root) / "judge")
+    others = {
+        key: [asdict(RewardModelRef(name, "1", "", "", None)) for name in names if name != config.reward.name]
+        for key, names in config.reward_ensemble
+        if key != "combine"
+    }
+    if any(others.values()):
+        write_json(run.scorers, {"reward_model": asdict(reference(config)), "judge": {}, **others})
 
     def watched(session: Any, until: int, real: Any = worker.run_iteration) -> None:
         sessions.append(session)
@@ -184,6 +192,12 @@ def optimizer_group(config: Config) -> tuple[float, ...]:
 
 def engine_says(method: str) -> Any:
     return lambda config: getattr(iteration(config).trainer.engine, method)()
+
+
+def shadow_means(config: Config) -> set[str]:
+    """The shadows whose means the first RS step's record and the validation's have."""
+    records = [m for m in iteration(config).metrics if m["kind"] in ("step", "validation")]
+    return {name for record in records for name in record.get("shadow_means", {})}
 
 
 def weights(config: Config) -> str:
@@ -275,7 +289,7 @@ def ends_at(config: Config) -> float | None:
 
 def patience(config: Config) -> float:
     """Seconds that a run's client waits for a server that is gone."""
-    with reward_client(config, "127.0.0.1:9", "1") as client:
+    with reward_client(config, "127.0.0.1:9", "reward_model", "1") as client:
         return client.patience_s
 
 

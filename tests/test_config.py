@@ -99,6 +99,29 @@ def test_each_bad_value_is_one_line_with_key_value_and_remedy() -> None:
             "the responses of a prompt are decoded side by side",
         ),
         (["training.min_lr=0.1"], "training.min_lr (0.1) must be <= training.lr (0.001)"),
+        (
+            ["reward_ensemble.members={other: 1, third/2: 1}"],
+            "reward_ensemble.members (other, third/2) must hold reward.name (reward_model), without a version, and at "
+            "least one more: add them, or leave it empty",
+        ),
+        (
+            ["reward_ensemble.combine=vote"],
+            "reward_ensemble.combine (vote) needs models that vote: set reward_ensemble.members",
+        ),
+        (
+            ["reward_ensemble.members={reward_model: 1, other: 0}"],
+            "the weight of other in reward_ensemble.members (0) must be other than 0: change it, or name the model in "
+            "reward_ensemble.shadows",
+        ),
+        (
+            ["reward_ensemble.members={reward_model: 1, other: -1}", "reward_ensemble.combine=vote"],
+            "the weight of other in reward_ensemble.members (-1) must be above 0 in a vote: change it, or name the "
+            "model in reward_ensemble.shadows",
+        ),
+        (
+            ["reward_ensemble.shadows=[reward_model]"],
+            "reward_ensemble.shadows names reward_model, which scores already: take it out, or name another version",
+        ),
         (["reward.url=localhost"], "reward.url (localhost) must be host:port of Triton's gRPC endpoint"),
     ],
 )
@@ -197,6 +220,7 @@ VALIDATED = ("reward_training.validation_share=0.2",)
 SLOW = (*VALIDATED, "reward_training.val_check_interval=1", "reward_training.epochs=2", "reward_training.lr=1e-30")
 CHAT = ("policy.prompt_format=chat",)
 CHAT_DATA = "sft.train={root}/chat.jsonl"
+ENSEMBLE = "reward_ensemble.members={reward_model: 1, other: 0.5}"
 NO_VALIDATION = ("sft.validation=null",)
 RUN = ("evaluation.model=tiny",)
 TASKS = ("evaluation.lm_eval_tasks=[colours]",)
@@ -242,6 +266,9 @@ EFFECTS = {
     "reward.timeout_s": Effect(0.4, see.error_without_server, also=("reward.url=127.0.0.1:9", "reward.timeout_s=0.2")),
     "reward.patience_s": Effect(7, see.patience, 7),
     "reward.token_budget": Effect(512, see.export_says("token_budget"), 512),
+    "reward_ensemble.members": Effect({"reward_model": 1, "other": 0.5}, see.column("reward")),
+    "reward_ensemble.combine": Effect("vote", see.column("reward"), also=(ENSEMBLE,)),
+    "reward_ensemble.shadows": Effect(["other"], see.shadow_means, {"other/1"}),
     "reward_training.train": Effect("toy:judge_pairs", see.export_says("digest")),
     "reward_training.num_train": Effect(32, see.reward_examples("trained on"), 32),
     "reward_training.validation_share": Effect(0.2, see.reward_examples("validated on")),

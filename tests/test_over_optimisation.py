@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from alignment.over_optimisation import SHARE, Alarm, alarms, newest_alarm
+from alignment.over_optimisation import SHARE, Alarm, alarms, newest_alarms
 
 BASE = [-1.5, -0.5, 0.5, 1.5, -1.5, -0.5, 0.5, 1.5]
 """Scores of the base on 8 prompts; their standard deviation is sqrt(1.25) = 1.118."""
@@ -55,9 +55,9 @@ def test_scores_of_another_unit_raise_the_same_alarms() -> None:
 def test_an_alarm_is_told_when_it_begins_and_again_after_it_has_passed() -> None:
     records = series((1.0, 0.0), (2.0, 0.0), (2.0, 2.0), (3.0, 0.0))
     assert steps(records) == [5, 20]
-    newest = [newest_alarm(records[: i + 1]) for i, r in enumerate(records) if r["kind"] == "validation"]
-    assert [a.step if a else None for a in newest] == [None, 5, None, None, 20]
-    assert newest[4] == alarms(records)[1]
+    newest = [newest_alarms(records[: i + 1]) for i, r in enumerate(records) if r["kind"] == "validation"]
+    assert [[a.step for a in told] for told in newest] == [[], [5], [], [], [20]]
+    assert newest[4] == alarms(records)[1:]
 
 
 def test_a_reward_that_falls_or_stays_raises_none() -> None:
@@ -108,8 +108,8 @@ def test_other_prompts_are_not_paired() -> None:
 
 
 def test_no_validation_and_one_raise_none() -> None:
-    assert alarms([]) == [] and newest_alarm([]) is None
-    assert alarms(series()) == [] and newest_alarm(series()) is None
+    assert alarms([]) == [] and newest_alarms([]) == []
+    assert alarms(series()) == [] and newest_alarms(series()) == []
 
 
 def test_scores_that_are_all_equal_before() -> None:
@@ -151,8 +151,39 @@ def test_a_validation_with_a_score_that_is_no_number_raises_none(key: str, bad: 
         records[2] = {k: v for k, v in one.items() if k != key}
     else:
         records[2] = one | {key: bad}
-    assert steps(records[:3]) == [] and newest_alarm(records[:3]) is None
-    assert steps(records) == [15] and newest_alarm(records).step == 15
+    assert steps(records[:3]) == [] and newest_alarms(records[:3]) == []
+    assert steps(records) == [15] and [a.step for a in newest_alarms(records)] == [15]
     # As the first one it is passed over: the next is what later ones are compared with.
     assert steps([records[2], records[0], records[3]]) == [15]
-    assert steps([records[2]]) == [] and newest_alarm([records[2]]) is None
+    assert steps([records[2]]) == [] and newest_alarms([records[2]]) == []
+
+
+def shadowed(records: list[dict[str, Any]], name: str, *gains: float) -> list[dict[str, Any]]:
+    """The records, with one shadow more in the validations, by which every prompt has gained the same."""
+    gained = iter([0.0, *gains])
+    found = []
+    for record in records:
+        if record["kind"] == "validation":
+            scores = [100 * (b + gain) for gain in [next(gained)] for b in BASE]
+            means = record.get("shadow_means", {}) | {name: sum(scores) / len(scores)}
+            record = record | {"shadow_means": means, "shadowed": record.get("shadowed", {}) | {name: scores}}
+        found.append(record)
+    return found
+
+
+def test_each_shadow_is_compared_as_the_judge_is() -> None:
+    records = series((1.0, 0.5), (2.0, 1.0), (3.0, 0.5))
+    assert [(a.step, a.who) for a in alarms(records)] == [(15, "the judge")]
+    # In units of the shadows' own: the first follows, the second stays behind from the second validation on.
+    records = shadowed(shadowed(records, "kind/3", 0.5, 1.0, 1.5), "strict/1", 0.5, 0.5, 0.5)
+    told = alarms(records)
+    assert [(a.step, a.who) for a in told] == [(10, "the shadow strict/1"), (15, "the judge")]
+    assert "and the shadow strict/1 by +0.45 (95% +0.45 to +0.45)" in told[0].text
+    assert newest_alarms(records) == told[1:]
+    assert newest_alarms(records[:-2]) == told[:1]
+
+
+def test_validations_before_a_shadow_was_named_are_not_its_base() -> None:
+    records = series((1.0, 1.0), (2.0, 2.0), (3.0, 3.0))
+    late = records[:3] + shadowed(records[3:], "strict/1", 0.0, 0.0)
+    assert [(a.step, a.who) for a in alarms(late)] == [(10, "the shadow strict/1")]
