@@ -104,7 +104,11 @@ def run_iteration(config: Config, run: RunFolder | None = None, until: int | Non
     external = config.model_copy(update={"reward": config.reward.model_copy(update={"url": options.url})})
     options.judge = str(Path(config.run.root) / "judge")
     others = {
-        key: [asdict(RewardModelRef(name, "1", "", "", None)) for name in names if name != config.reward.name]
+        key: [
+            asdict(RewardModelRef(name.partition("/")[0], "1", "", "", None))
+            for name in names
+            if name != config.reward.name
+        ]
         for key, names in config.reward_ensemble
         if key != "combine"
     }
