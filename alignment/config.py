@@ -89,6 +89,12 @@ class Config(Section):
         return own.merge_weights or tuple(1 / len(own.attributes) for _ in own.attributes) or (1.0,)
 
     @property
+    def member_weights(self) -> tuple[float, ...]:
+        """Weight of each model whose score makes the reward: that of reward.name, then the others' in their order."""
+        given, own = self.reward_ensemble.members, self.reward.name
+        return (given.get(own, 1.0), *(weight for name, weight in given.items() if name != own))
+
+    @property
     def reward_repository(self) -> Path:
         """The Triton model repository that exports go to."""
         return Path(self.reward.repository or Path(self.run.root) / "triton_repo")

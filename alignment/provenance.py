@@ -36,6 +36,7 @@ def provenance(run: RunFolder, config: Config, step: int, base: Mapping[str, Any
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "parent": parent,
         "reward_model": _scorer(run, "reward_model"),
+        **_ensemble(run),
         "judge": {**_scorer(run, "judge"), "files": judge_digests(run)},
         "selection": config.selection.model_dump(mode="json"),
         # All randomness is a function of these: there is no generator whose state could be saved.
@@ -125,7 +126,18 @@ def _scorer(run: RunFolder, name: str) -> dict[str, Any]:
     if not run.scorers.exists():  # a run that was put together by hand
         return {}
     found: dict[str, Any] = json.loads(run.scorers.read_text())[name]
-    return {key: value for key, value in found.items() if key in ("name", "version", "digest", "accuracy")}
+    return _named(found)
+
+
+def _ensemble(run: RunFolder) -> dict[str, Any]:
+    """The other models that scored beside the reward model, where there are any."""
+    found = json.loads(run.scorers.read_text()) if run.scorers.exists() else {}
+    others = {kind: [_named(ref) for ref in found[kind]] for kind in ("members", "shadows") if kind in found}
+    return {"reward_ensemble": others} if others else {}
+
+
+def _named(ref: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in ref.items() if key in ("name", "version", "digest", "accuracy")}
 
 
 def _rollout_digests(run: RunFolder, *, first: int, last: int) -> dict[str, str]:

@@ -102,8 +102,6 @@ def scoring_clients(
     """A client of each model at `url`; `check` as in `RewardClient`."""
     from alignment.ensemble import Ensemble
 
-    given = config.reward_ensemble.members
-    names = [config.reward.name, *(name for name in given if name != config.reward.name)]
     with ExitStack() as stack:  # the first closes last, since what it does in the background waits for the others
         clients = [
             stack.enter_context(reward_client(config, url, model.name, model.version, check=check))
@@ -112,7 +110,7 @@ def scoring_clients(
         count = len(models.members)
         yield Ensemble(
             tuple(clients[:count]),
-            tuple(given.get(name, 1.0) for name in names),
+            config.member_weights,
             config.reward_ensemble.combine,
             tuple(clients[count:]),
         )

@@ -6,7 +6,10 @@
 Every arm starts from the same base, reads the same prompts in the same order and samples the same number of
 responses; all are measured on the same held-out prompts against the same responses of the base, by the reward
 model, by the judge and by the exact KL. METHOD is rejection_sampling, grpo or rloo; the fields change the preset
-for that arm alone. An arm that --out already holds under the same config is not run again.
+for that arm alone. An arm that --out already holds under the same config is not run again. Members of a combined reward
+are exports that are there; the arms that select by it are measured by reward.name like the others:
+
+    --arm 'vote: rejection_sampling reward_ensemble.combine=vote reward_ensemble.members={"reward_model":1,"other":1}'
 
 Leaves method.json, method.md (the table) and method.svg (win rate by the judge against KL) in --out. GRPO and RLOO
 need `pip install -r requirements-trl.txt`. On a GPU: --set resources.gpu=1.
@@ -170,6 +173,8 @@ def _arm(text: str, options: argparse.Namespace, seed: int) -> Arm:
     config = _config(options, seed, overrides)
     if method != "rejection_sampling" and config.policy.prompt_format != "text":
         sys.exit(f"--arm {text!r}: the peers are compared on policy.prompt_format=text alone")
+    if method != "rejection_sampling" and config.reward_ensemble.members:
+        sys.exit(f"--arm {text!r}: the peers learn from one reward model: leave reward_ensemble.members empty")
     return Arm(name.strip(), method, config)
 
 

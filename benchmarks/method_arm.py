@@ -5,8 +5,10 @@ served one equals to 1e-5. Started by benchmarks.method; reports as JSON lines.
 """
 
 import argparse
+import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,11 @@ from alignment.config import Config, parse_config
 from alignment.embedded import policy_folder
 from alignment.engine import build_engine, learning_rate, start_ranks
 from alignment.ensemble import Ensemble
+from alignment.ensemble_stage import find_others
 from alignment.evaluation import kl_to_base, sample_and_score
 from alignment.preparation import PromptSets, cache_folder, load_prompt_sets
 from alignment.rollouts import generate, in_prompt_order
 from alignment.rs_step import decide, step_prompts, training_sampling
-from alignment.scoring import score_rollouts
 from alignment.update import ResponseLoss, update
 from alignment.worker import emit
 from models.judge import Judge, load_judge
@@ -37,7 +39,7 @@ EVALUATIONS = 4
 
 @dataclass(frozen=True)
 class Scorer:
-    """The reward model in this process, in the place of the client that `score_rollouts` asks for."""
+    """A reward model in this process, in the place of its server's client; `mean` and `std` standardise its output."""
 
     model: Any
     tokenizer: Any
@@ -45,20 +47,31 @@ class Scorer:
     max_tokens: int
     model_name: str = "in process"
     model_version: str = ""
+    mean: float = 0.0
+    std: float = 1.0
+    _background: None = None
 
     def score(self, conversations: Sequence[Any]) -> list[float]:
         """The reward of each conversation, in order."""
         texts = [render(self.template, one) for one in conversations]
-        return score_texts(self.model, self.tokenizer, texts, max_tokens=self.max_tokens)
+        rewards = score_texts(self.model, self.tokenizer, texts, max_tokens=self.max_tokens)
+        return [(reward - self.mean) / self.std for reward in rewards]
+
+    def _submit(self, pool: None, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """There is no background here: the call is made at once."""
+        future: Future[Any] = Future()
+        future.set_result(function(*arguments))
+        return future
 
 
 @dataclass(frozen=True)
 class World:
-    """What every arm starts from."""
+    """What every arm starts from. `scorer` measures all of them; rejection sampling selects by the `ensemble`."""
 
     config: Config
     base: Policy
     scorer: Scorer
+    ensemble: Ensemble
     judge: Judge
     prompts: PromptSets
 
@@ -121,7 +134,7 @@ def rejection_sampling(world: World) -> Iterator[dict[str, Any]]:
             with_references=config.rollouts.references == "join",
         )
         rollouts = in_prompt_order([r for batch in batches for r in batch], prompts)
-        scored = score_rollouts(world.scorer, rollouts)  # type: ignore[arg-type]
+        scored = world.ensemble.compared(world.ensemble.score(rollouts))
         selected = [r for r, d in zip(scored, decide(config, scored), strict=True) if d.selected]
         update(
             engine,
@@ -160,7 +173,21 @@ def _world(config: Config, folder: Path, weights: Path) -> World:
     model, tokenizer = load_reward_model(str(weights), require_head=True)
     device, reward = torch.device("cuda" if config.resources.gpu else "cpu"), config.reward
     scorer = Scorer(model.to(device), tokenizer, reward.template, reward.max_tokens)  # type: ignore[arg-type]
-    return World(config, _policy(config), scorer, load_judge(folder / "judge"), load_prompt_sets(folder))
+    others = [_exported(ref, device) for ref in find_others(config).get("members", [])]
+    ensemble = Ensemble((scorer, *others), config.member_weights, config.reward_ensemble.combine)  # type: ignore[arg-type]
+    judge, prompts = load_judge(folder / "judge"), load_prompt_sets(folder)
+    return World(config, _policy(config), scorer, ensemble, judge, prompts)
+
+
+def _exported(ref: Mapping[str, Any], device: torch.device) -> Scorer:
+    """Another member, from its export."""
+    version = Path(ref["repository"]) / ref["name"] / ref["version"]
+    settings = json.loads((version / "settings.json").read_text())
+    model, tokenizer = load_reward_model(str(version / "weights"), require_head=True)
+    scale = {key: settings[key] for key in ("mean", "std")} if settings["output"] == "standardized" else {}
+    template = (version / "template.jinja").read_bytes().decode()
+    names = {"model_name": ref["name"], "model_version": ref["version"]}
+    return Scorer(model.to(device), tokenizer, template, settings["max_tokens"], **names, **scale)  # type: ignore[arg-type]
 
 
 def _policy(config: Config) -> Policy:

@@ -13,6 +13,7 @@ import pytest
 from alignment.config import load_config
 from benchmarks.method import ROOT, Row, _arm, best_of, compared, table
 from benchmarks.plot import line_chart
+from reward_fixtures import export_tiny
 
 SMOKE = ROOT / "configs" / "smoke.yaml"
 # Two prompts; the opponent first, then a pool of four. The reward's best of two are 0.4 and 0.9, of four 0.8 and 0.9.
@@ -64,6 +65,8 @@ def test_a_bad_arm_is_refused_before_anything_runs() -> None:
         _arm("mine: ppo", options, 0)
     with pytest.raises(SystemExit, match=r"policy\.prompt_format=text"):
         _arm("mine: grpo policy.prompt_format=chat", options, 0)
+    with pytest.raises(SystemExit, match="the peers learn from one reward model"):
+        _arm('mine: rloo reward_ensemble.members={"reward_model":1,"other":1}', options, 0)
     arm = _arm("no penalty: rejection_sampling training.kl_penalty=0.5", options, 7)
     assert (arm.name, arm.config.training.kl_penalty, arm.config.seed) == ("no penalty", 0.5, 7)
 
@@ -72,6 +75,9 @@ def test_a_bad_arm_is_refused_before_anything_runs() -> None:
 def test_arms_run_and_what_is_there_is_not_run_again(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.method", "--config", str(SMOKE), "--set", f"run.root={tmp_path}"]
     command += ["--out", str(tmp_path / "out"), "--arm", "ours: rejection_sampling"]
+    members = 'reward_ensemble.members={"reward_model":1,"other":2}'
+    command += ["--arm", f"vote: rejection_sampling {members} reward_ensemble.combine=vote"]
+    export_tiny(tmp_path / "triton_repo", name="other", seed=1)
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     first, second = (
         subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True) for _ in range(2)
@@ -79,8 +85,9 @@ def test_arms_run_and_what_is_there_is_not_run_again(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stdout + first.stderr
     assert "ours-seed-0: done" in first.stdout
     assert "ours-seed-0: there already" in second.stdout
-    assert first.stdout.splitlines()[-5:] == second.stdout.splitlines()[-5:]
-    best, *_, ours = json.loads((tmp_path / "out" / "method.json").read_text())
+    assert first.stdout.splitlines()[-6:] == second.stdout.splitlines()[-6:]
+    best, *_, ours, vote = json.loads((tmp_path / "out" / "method.json").read_text())
     assert (best["name"], ours["name"], ours["responses"]) == ("best of 2", "ours", 64)
     assert ours["kl"]["value"] > 0
+    assert vote["responses"] == 64 and vote["kl"]["value"] not in (0, ours["kl"]["value"])
     assert (tmp_path / "out" / "method.svg").read_text().startswith("<svg")
