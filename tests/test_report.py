@@ -403,6 +403,39 @@ def test_harness_tasks_stand_beside_each_other() -> None:
     assert re.search(r"colours\s*acc\s*0\.250\s*0\.500\s*colours\s*perplexity\s*11\.000\s*12\.000", text)
 
 
+def test_several_reward_models_stand_in_the_report() -> None:
+    assert "shadow" not in json.dumps(report())
+    scores = [float(i) for i in range(8)]
+    validations = [
+        {
+            **{"kind": "validation", "step": step, "reward_mean": 3.5 + step, "judge_mean": 3.5, "seconds": 1.0},
+            **{"rewards": [s + step for s in scores], "judged": scores},
+            **{"shadow_means": {"strict/2": 3.5}, "shadowed": {"strict/2": scores}},
+        }
+        for step in (0, 2)
+    ]
+    steps = [step_record(2, shadow_means={"strict/2": 1.25}, selected_shadow_means={"strict/2": 1.5})]
+    shadow = {"base": 1.0, "aligned": 1.5, "gain": 0.5, "gain_ci95": [0.25, 0.75], "win_rate": 0.5}
+    named = {"combine": "weighted_sum", "weights": {}, "members": [], "shadows": [{"name": "strict", "version": "2"}]}
+    built = report(
+        metrics=[*steps, *validations], evaluation=evaluation() | {"shadows": {"strict/2": shadow}}, ensemble=named
+    )
+    assert built["steps"][0]["shadow_means"] == {"strict/2": 1.25}
+    assert built["steps"][0]["selected_shadow_means"] == {"strict/2": 1.5}
+    assert [v["shadow_means"] for v in built["validation"]] == [{"strict/2": 3.5}] * 2
+    assert "shadowed" not in built["validation"][0]
+    assert built["reward_ensemble"] == named
+    assert [(alarm["step"], alarm["who"]) for alarm in built["alarms"]] == [
+        (2, "the judge"), (2, "the shadow strict/2")
+    ]  # fmt: skip
+    text = summary(built, "report.html")
+    assert "alarm      at RS step 2: the shadow strict/2 does not follow the reward" in text
+    assert "shadow     strict/2: 1.000 → 1.500, gain +0.500 (95% +0.250 to +0.750)" in text
+    shown = page(built)
+    assert "the shadow strict/2 by +0.00" in shown.values["alarms.2.the shadow strict/2"]
+    assert "Mean score of the shadow strict/2 by step" in shown.text
+
+
 def test_a_run_without_steps_still_has_a_page() -> None:
     empty = report(metrics=[{"kind": "validation", "step": 0, "reward_mean": 0.2, "judge_mean": 0.1, "seconds": 1.0}])
     assert not page(empty).open
