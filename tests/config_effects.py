@@ -103,17 +103,7 @@ def run_iteration(config: Config, run: RunFolder | None = None, until: int | Non
     options.reward_model = json.dumps(asdict(reference(config)))
     external = config.model_copy(update={"reward": config.reward.model_copy(update={"url": options.url})})
     options.judge = str(Path(config.run.root) / "judge")
-    others = {
-        key: [
-            asdict(RewardModelRef(name.partition("/")[0], "1", "", "", None))
-            for name in names
-            if name != config.reward.name
-        ]
-        for key, names in config.reward_ensemble
-        if key != "combine"
-    }
-    if any(others.values()):
-        write_json(run.scorers, {"reward_model": asdict(reference(config)), "judge": {}, **others})
+    write_scorers(config, run)
 
     def watched(session: Any, until: int, real: Any = worker.run_iteration) -> None:
         sessions.append(session)
@@ -137,6 +127,21 @@ def run_iteration(config: Config, run: RunFolder | None = None, until: int | Non
         checkpoints=names,
         weights=manifest["weights_sha256"],
     )
+
+
+def write_scorers(config: Config, run: RunFolder) -> None:
+    """Where other models than reward.name score, version 1 of each as the run's scorers.json pins it."""
+    others = {
+        key: [
+            asdict(RewardModelRef(name.partition("/")[0], "1", "", "", None))
+            for name in names
+            if name != config.reward.name
+        ]
+        for key, names in config.reward_ensemble
+        if key != "combine"
+    }
+    if any(others.values()):
+        write_json(run.scorers, {"reward_model": asdict(reference(config)), "judge": {}, **others})
 
 
 def new_run(config: Config) -> RunFolder:

@@ -3,17 +3,18 @@
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import config_effects as see
-from alignment import task
+from alignment import disaggregated, task
 from alignment.ensemble import Combine, Ensemble, by_model, vote, weighted_sum
 from alignment.ensemble_stage import check_distinct, find_others
 from alignment.errors import ConfigError
@@ -221,6 +222,24 @@ def test_a_shadow_never_changes_a_decision(tmp_path: Path) -> None:
     chosen = [v for v, row in zip(values, watched.rows, strict=True) if row["selected"]]
     assert step["shadow_means"]["third/1"] == pytest.approx(sum(values) / len(values))
     assert step["selected_shadow_means"]["third/1"] == pytest.approx(sum(chosen) / len(chosen))
+
+
+def test_both_executors_store_the_same_scores_and_decisions(tmp_path: Path) -> None:
+    names = ["reward_ensemble.members={reward_model: 1, other: 0.5}", "reward_ensemble.shadows=[strict]"]
+    config = effect_config(tmp_path, *names, "reward_ensemble.combine=vote", "reward.url=127.0.0.1:9")
+    prepare_judge(config, tmp_path / "judge", lambda _: None)
+    colocated = see.run_iteration(config)
+    run = see.new_run(config)
+    see.write_scorers(config, run)
+    place = {"run_path": str(run.path), "step": 1, "reward_model_ref": asdict(see.reference(config))}
+    shards = [disaggregated.sample_shard(config, place, i, 2) for i in range(2)]
+    with patch("alignment.scoring.RewardClient", see.RewardClientStandIn):
+        scored, _ = disaggregated.score_shards(config, place, json.loads(json.dumps(shards)))
+    disaggregated.select_and_store(config, place, json.loads(json.dumps(scored)))
+    assert run.read_rollouts(1) == colocated.rows
+    best = max(colocated.rows, key=lambda row: row["reward"])
+    assert best["reward_model"] == "reward_model+other" and 0.5 < best["reward"] <= 1
+    assert dict(best["member_rewards"]).keys() == {"reward_model/1", "other/1"}
 
 
 @pytest.fixture(scope="module")
