@@ -14,7 +14,9 @@ from alignment import colocated
 from alignment.config import Config, load_config
 from alignment.reward_server import reward_server
 from alignment.run_folder import RunFolder
+from alignment.scoring import RewardClient
 from alignment.stages import begin, prepare_scorers
+from alignment.task import START_S
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
 from flow_runs import SMOKE
 
@@ -66,7 +68,14 @@ def served_bench(root: Path) -> Iterator[Bench]:
         log=root / "triton.log",
         threads=1,
     ) as server:
+        wait_until_served(server.url)
         yield Bench(root, server.url)
+
+
+def wait_until_served(url: str) -> None:
+    """Until the reward model at `url` answers: a server that is named by its URL is expected to be there."""
+    with RewardClient(url) as client:
+        client.wait_ready(START_S)
 
 
 def steps(run: RunFolder, kind: str = "step") -> list[dict[str, Any]]:

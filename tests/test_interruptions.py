@@ -3,6 +3,7 @@
 `tests/test_flow.py` kills Metaflow and its tasks; here the workers' owner is a plain process.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -26,7 +27,17 @@ from alignment.rs_step import step_prompts
 from alignment.task import COMMAND_STARTED
 from flow_runs import ROOT, processes_naming, wait_for
 from infra.triton_setup import free_ports
-from interruptions import SETTINGS, Bench, consumed, copy_up_to, decisions, iterate, served_bench, steps
+from interruptions import (
+    SETTINGS,
+    Bench,
+    consumed,
+    copy_up_to,
+    decisions,
+    iterate,
+    served_bench,
+    steps,
+    wait_until_served,
+)
 from killed_worker import MOMENTS
 from models.checkpoints import checkpoint_folder, finished, last_checkpoint, read_manifest
 from reward_fixtures import command_line, descendants
@@ -236,10 +247,17 @@ def end_server(port):
 def mortal(bench):
     """A bench whose server is at a port of its own, and a way to serve there."""
     port = free_ports(1)[0]
-    serve = partial(
+    start = partial(
         reward_server, repository=bench.root / "triton_repo", name="reward_model", version="1",
         url=None, grpc_port=port, log=bench.root / "mortal.log", threads=1,
     )  # fmt: skip
+
+    @contextlib.contextmanager
+    def serve():
+        with start() as server:
+            wait_until_served(server.url)
+            yield
+
     return Bench(bench.root, f"127.0.0.1:{port}"), port, serve
 
 
