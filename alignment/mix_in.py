@@ -18,8 +18,8 @@ from alignment.demonstrations import count_faults, read_demonstrations
 from alignment.embedded import policy_folder
 from alignment.errors import DataError
 from alignment.preparation import cache_folder, load_prompt_sets
-from alignment.prompts import read_order
-from alignment.types import LeftOut, Message, Rollout
+from alignment.prompts import prompt_text, read_order
+from alignment.types import LeftOut, Prompt, Rollout
 
 
 def prepare_mix_in(config: Config, run: Path, on_note: Callable[[str], None]) -> None:
@@ -35,7 +35,7 @@ def prepare_mix_in(config: Config, run: Path, on_note: Callable[[str], None]) ->
     eos_ids = load_ending_tokens(base, reader)
     longest = config.prompts.max_prompt_tokens + config.rollouts.max_new_tokens
     sets = load_prompt_sets(run)
-    held_out = {_text(prompt.messages) for prompt in (*sets.validation, *sets.evaluation)}
+    held_out = {prompt_text(prompt) for prompt in (*sets.validation, *sets.evaluation)}
     demonstrations, left_out = read_demonstrations(source, cache, turns="last")
     lines = []
     for demonstration in demonstrations:
@@ -48,7 +48,7 @@ def prepare_mix_in(config: Config, run: Path, on_note: Callable[[str], None]) ->
         start = sequence.learned.index(True)
         if len(sequence.ids) > longest:
             left_out.append(LeftOut(place, "too_long", f"{place}: {len(sequence.ids)} tokens, of {longest} at most"))
-        elif _text(demonstration.messages[:-1]) in held_out:
+        elif prompt_text(Prompt(place, demonstration.messages[:-1])) in held_out:
             left_out.append(LeftOut(place, "held_out_prompt", f"{place}: its prompt measures the policy"))
         else:
             sides = {"prompt_ids": sequence.ids[:start], "response_ids": sequence.ids[start:]}
@@ -98,7 +98,3 @@ def mixed(selected: Sequence[Rollout], demonstrations: Sequence[Rollout], config
         ((i + 0.5) / len(part), n, item) for n, part in enumerate((selected, added)) for i, item in enumerate(part)
     ]
     return [item for _, _, item in sorted(placed, key=lambda entry: entry[:2])]
-
-
-def _text(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
-    return tuple((message["role"], message["content"]) for message in messages)

@@ -86,18 +86,18 @@ def _distinct(prompts: Sequence[Prompt], seed: str) -> list[Prompt]:
     """The prompts in a seeded order, no text twice."""
     first_of_text: dict[tuple[tuple[str, str], ...], Prompt] = {}
     for i in _permutation(len(prompts), seed):
-        first_of_text.setdefault(_text(prompts[i]), prompts[i])
+        first_of_text.setdefault(prompt_text(prompts[i]), prompts[i])
     return list(first_of_text.values())
 
 
 def exclude_overlap(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> tuple[list[Prompt], list[tuple[str, str]]]:
     """Prompts whose text is no held-out prompt's, and (prompt_id, reason) of the others."""
-    held_out_ids = {_text(prompt): prompt.prompt_id for prompt in held_out}
-    kept = [prompt for prompt in train if _text(prompt) not in held_out_ids]
+    held_out_ids = {prompt_text(prompt): prompt.prompt_id for prompt in held_out}
+    kept = [prompt for prompt in train if prompt_text(prompt) not in held_out_ids]
     excluded = [
-        (prompt.prompt_id, f"same text as held-out prompt {held_out_ids[_text(prompt)]}")
+        (prompt.prompt_id, f"same text as held-out prompt {held_out_ids[prompt_text(prompt)]}")
         for prompt in train
-        if _text(prompt) in held_out_ids
+        if prompt_text(prompt) in held_out_ids
     ]
     return kept, excluded
 
@@ -126,7 +126,8 @@ def _permutation(size: int, seed: str) -> list[int]:
     return sorted(range(size), key=keys.__getitem__)
 
 
-def _text(prompt: Prompt) -> tuple[tuple[str, str], ...]:
+def prompt_text(prompt: Prompt) -> tuple[tuple[str, str], ...]:
+    """What tells two prompts apart, whatever their ids: equal for those of the same messages."""
     return tuple((message["role"], message["content"]) for message in prompt.messages)
 
 

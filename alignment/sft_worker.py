@@ -9,12 +9,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from alignment.config import Config, parse_config
+from alignment.config import Config
 from alignment.embedded import policy_folder
 from alignment.lifeline import Stop
 from alignment.preparation import cache_folder
 from alignment.run_folder import RunFolder
-from alignment.worker import reported_errors, sole_writer
+from alignment.worker import stoppable
 
 
 def main() -> None:
@@ -24,12 +24,7 @@ def main() -> None:
     parser.add_argument("--ends-at", type=float, help="Unix time at which to stop with a checkpoint")
     options = parser.parse_args()
     folder = RunFolder(Path(options.folder))
-    with reported_errors():
-        config = parse_config(folder.config.read_text())
-        stop = Stop(grace_s=config.loop.stop_grace_s, ends_at=options.ends_at)
-        stop.listen()
-        with sole_writer(folder, wait_s=config.loop.stop_grace_s):
-            work(config, folder, stop)
+    stoppable(folder, options.ends_at, lambda config, stop: work(config, folder, stop))
 
 
 def work(config: Config, folder: RunFolder, stop: Stop) -> None:

@@ -13,7 +13,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,13 +34,18 @@ def main() -> None:
     """Run RS steps up to `--until`, from wherever the last checkpoint stands, or until asked to stop."""
     options = _options()
     run = RunFolder(Path(options.folder))
+    stoppable(run, options.ends_at, lambda config, stop: work(config, run, options, stop))
+
+
+def stoppable(run: RunFolder, ends_at: float | None, work: Callable[[Config, Stop], None]) -> None:
+    """`work` under the config of `run`, as its sole writer, to its end or until asked to stop; errors are reported."""
     with reported_errors():
         config = parse_config(run.config.read_text())
-        stop = Stop(grace_s=config.loop.stop_grace_s, ends_at=options.ends_at)
+        stop = Stop(grace_s=config.loop.stop_grace_s, ends_at=ends_at)
         stop.listen()
         # Workers that lost their owner may still be saving their last checkpoint.
         with sole_writer(run, wait_s=config.loop.stop_grace_s):
-            work(config, run, options, stop)
+            work(config, stop)
 
 
 @contextlib.contextmanager

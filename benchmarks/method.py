@@ -46,7 +46,7 @@ ARMS = (
     "GRPO: grpo training.lr=2e-5 training.kl_penalty=0",
     "RLOO: rloo training.lr=2e-5 training.kl_penalty=0",
 )
-"""TRL's own default rate, 1e-6, moves this model by nothing in so few steps: the peers get twenty times that."""
+"""TRL's default rate, 1e-6, is meant for longer trainings than these: the peers get twenty times that."""
 
 
 OWN_SECTIONS = ("rollouts", "selection", "training", "loop", "reward_ensemble")
