@@ -1,4 +1,4 @@
-"""The typed config tree: one pydantic model per section (`alignment.config_sections`), unknown keys refused.
+"""The typed config tree: a pydantic model per section (`config_sections`, `config_training`), unknown keys refused.
 
 Presets are YAML files in `configs/`; a preset states only what differs from the defaults here. Checks
 across sections stand in `Config.check_across_sections`. Stage functions take plain arguments: the config
@@ -23,16 +23,14 @@ from alignment.config_sections import (
     ResumeSection,
     RewardEnsembleSection,
     RewardSection,
-    RewardTrainingSection,
     RolloutsSection,
     RunSection,
     Section,
     SelectionSection,
-    SftSection,
-    TrainingSection,
     ValidationSection,
     WandbSection,
 )
+from alignment.config_training import RewardTrainingSection, SftSection, TrainingSection
 from alignment.errors import ConfigError
 
 

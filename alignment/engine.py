@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignment.config_sections import OptimizerSection
+from alignment.config_training import OptimizerSection
 from alignment.errors import CheckpointError, TrainingError
 from alignment.one_node import store_url
 from models.memory import keep_freed_memory

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from alignment.config_sections import RewardTrainingSection
+from alignment.config_training import RewardTrainingSection
 from alignment.engine import (
     Ranks,
     begin_step,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignment.config_sections import SftSection
+from alignment.config_training import SftSection
 from alignment.engine import (
     Ranks,
     begin_step,

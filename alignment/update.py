@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from alignment.config_sections import TrainingSection
+from alignment.config_training import TrainingSection
 from alignment.engine import Ranks, begin_step, gradient_accumulation_steps, optimizer_step
 from alignment.types import Rollout, StepUpdate
 from models.batching import ResponseBatch, response_batch, response_logits

@@ -9,7 +9,7 @@ import sys
 import torch
 from safetensors.torch import save_file
 
-from alignment.config_sections import RewardTrainingSection
+from alignment.config_training import RewardTrainingSection
 from alignment.engine import start_ranks
 from alignment.reward_training import Encoded, build_trainer, train_step, validate
 from models.adapters import trainable_tensors

@@ -9,7 +9,7 @@ import sys
 import torch
 from safetensors.torch import save_file
 
-from alignment.config_sections import SftSection
+from alignment.config_training import SftSection
 from alignment.engine import start_ranks
 from alignment.sft_data import SftData
 from alignment.sft_training import build_trainer, train_step, validate

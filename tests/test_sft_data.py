@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from alignment.config import load_config
-from alignment.config_sections import SftSection
+from alignment.config_training import SftSection
 from alignment.errors import ConfigError, DataError
 from alignment.sft_data import prepare_examples, read_examples
 from alignment.sft_training import SftTrainer, step_examples

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import sft_ranks
-from alignment.config_sections import SftSection
+from alignment.config_training import SftSection
 from alignment.engine import optimizer_tensors, start_ranks
 from alignment.sft_data import SftData
 from alignment.sft_training import balanced, build_trainer, train_step

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import update_ranks
-from alignment.config_sections import TrainingSection
+from alignment.config_training import TrainingSection
 from alignment.engine import Ranks, _check_finite, gradient_accumulation_steps, learning_rate
 from alignment.errors import TrainingError
 from alignment.update import _length, deal

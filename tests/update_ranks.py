@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from alignment import engine as engines
-from alignment.config_sections import TrainingSection
+from alignment.config_training import TrainingSection
 from alignment.types import Rollout
 from alignment.update import ResponseLoss, update
 from tiny import EOS, random_rows, tiny_llama
