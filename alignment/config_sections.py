@@ -68,6 +68,8 @@ class PolicySection(Section):
     """`smollm2-135m` (embedded), `tiny` (random weights, for tests), a model folder, or a hub name."""
     prompt_format: Literal["text", "chat"] = "text"
     """`text` continues the prompt verbatim; `chat` renders it with the tokenizer's chat template."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the weights; auto is bfloat16 on a GPU, float32 elsewhere. Small steps vanish in bfloat16's rounding."""
 
 
 class PromptsSection(Section):

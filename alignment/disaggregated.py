@@ -178,6 +178,7 @@ def _generate(
         checkpoint.uri if checkpoint else policy_folder(config.policy.model, cache_folder(config)),
         prompt_format=config.policy.prompt_format,
         device="cuda" if config.resources.gpu else "cpu",
+        dtype=config.policy.dtype,
     )
     batches = generate(
         policy,

@@ -130,12 +130,12 @@ def _measure(
 
     torch.set_num_threads(config.resources.threads)
     keep_freed_memory()
-    device, own = "cuda" if config.resources.gpu else "cpu", config.evaluation
+    device, own, policy = "cuda" if config.resources.gpu else "cpu", config.evaluation, config.policy
     prompts = load_prompts(run.path, "evaluation")
     progress = PhaseLines(len(prompts) * (own.best_of_n + 3))  # base, aligned, KL
     with served(config, run, reward) as server:
         base, aligned = (
-            load_policy(uri, prompt_format=config.policy.prompt_format, device=device)
+            load_policy(uri, prompt_format=policy.prompt_format, device=device, dtype=policy.dtype)
             for uri in (base_uri, checkpoint.uri)
         )
         judge = load_judge(Path(judge_ref.uri))

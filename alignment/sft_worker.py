@@ -75,6 +75,7 @@ def trainable_policy(config: Config) -> tuple[Any, Any]:
         policy_folder(config.policy.model, cache_folder(config)),
         prompt_format=config.policy.prompt_format,
         device="cuda" if config.resources.gpu else "cpu",
+        dtype=config.policy.dtype,
         chat_template=own.chat_template,
     )
     model: Any = policy.model

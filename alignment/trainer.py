@@ -122,7 +122,7 @@ def load_trainer(config: Config, run: RunFolder, ranks: Ranks) -> Trainer:
 
 def _load(config: Config, source: Path | str) -> Policy:
     device = "cuda" if config.resources.gpu else "cpu"
-    return load_policy(source, prompt_format=config.policy.prompt_format, device=device)
+    return load_policy(source, prompt_format=config.policy.prompt_format, device=device, dtype=config.policy.dtype)
 
 
 def _lost_moments(manifest: Mapping[str, Any], config: Config, ranks: Ranks) -> str:

@@ -214,7 +214,7 @@ def _demonstrations(config: Config, folder: Path) -> Sequence[Rollout]:
 def _policy(config: Config) -> Policy:
     device = "cuda" if config.resources.gpu else "cpu"
     source = policy_folder(config.policy.model, cache_folder(config))
-    return load_policy(source, prompt_format=config.policy.prompt_format, device=device)
+    return load_policy(source, prompt_format=config.policy.prompt_format, device=device, dtype=config.policy.dtype)
 
 
 def _options() -> argparse.Namespace:

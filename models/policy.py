@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 PromptFormat = Literal["text", "chat"]
+Dtype = Literal["auto", "float32", "bfloat16", "as_stored"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,17 +106,21 @@ def load_policy(
     prompt_format: PromptFormat,
     device: str = "cpu",
     chat_template: str | None = None,
-    as_stored: bool = False,
+    dtype: Dtype = "auto",
 ) -> Policy:
-    """A policy from a model folder or a hub name: fp32 on a CPU, bf16 on a GPU, or in the type it is stored in.
+    """A policy from a model folder or a hub name. `dtype` auto is fp32 on a CPU, bf16 on a GPU.
 
     `chat_template` as in `load_reader`. Raises ModelError naming the folder and the remedy.
     """
     reader = load_reader(source, prompt_format=prompt_format, chat_template=chat_template)
-    dtype = "auto" if as_stored else torch.float32 if device == "cpu" else torch.bfloat16
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
     with _named_errors(source):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, output_loading_info=True
+            source,
+            dtype="auto" if dtype == "as_stored" else getattr(torch, dtype),
+            use_safetensors=True,
+            output_loading_info=True,
         )
         model, report = loaded
         if report["missing_keys"]:  # transformers makes up what it does not find

@@ -119,7 +119,7 @@ def _export(options: argparse.Namespace) -> str:
 
     source = find_policy(options.policy, root=options.root, key="the policy", on_note=print)
     form = prompt_format_of(source, options.prompt_format)
-    policy = load_policy(source.checkpoint.uri, prompt_format=form, as_stored=True)
+    policy = load_policy(source.checkpoint.uri, prompt_format=form, dtype="as_stored")
     version, digest = export_policy(
         policy,
         repository=options.repository,

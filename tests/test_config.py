@@ -233,6 +233,7 @@ EFFECTS = {
     "resume.from": Effect("{root}/earlier", see.adopted_checkpoints, ["step-000002"]),
     "policy.model": Effect("{root}/policy", see.column("response")),
     "policy.prompt_format": Effect("chat", see.column("prompt")),
+    "policy.dtype": Effect("bfloat16", see.engine_says("bfloat16_enabled"), True),
     "prompts.train": Effect("{root}/prompts.jsonl", see.first_words("train"), {"question"}),
     "prompts.held_out": Effect("{root}/prompts.jsonl", see.first_words("evaluation"), {"question"}),
     "prompts.max_prompt_tokens": Effect(16, see.num_prompts("train")),
