@@ -1,0 +1,135 @@
+"""What an RS step costs beside NeMo-Aligner's way to make one.
+
+    python -m benchmarks.rs_step [--prompts N] [--rounds N] [--threads N]
+
+The default task's policy, prompts and reward model, each side's rewards from a real Triton: rollouts, their rewards,
+selection and the update on what was kept. Selection and update are the same code on both sides, at a rate too small to
+move a weight; how rollouts are generated and scored is each side's own.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignment.config import Config, load_config
+from alignment.errors import AlignmentError
+from alignment.progress import ProgressLines
+from alignment.types import Prompt, ScoredRollout
+from benchmarks import reward_setup
+from benchmarks.in_process import LocalRewardModel
+from benchmarks.results import Result, record, result, speedups, table
+from benchmarks.rounds import Note, interleaved
+from benchmarks.update_setup import TRAINING, start, step_on
+from models.policy import Policy
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = "python -m benchmarks.rs_step"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What both sides start from, and the optimizer step on what was kept."""
+
+    config: Config
+    policy: Policy
+    prompts: Sequence[Prompt]
+    update: Any
+
+    def train(self, scored: Sequence[ScoredRollout]) -> list[float]:
+        """Select, update; returns nothing to compare, since the sides' samples differ."""
+        from alignment.rs_step import decide
+
+        self.update([r for r, d in zip(scored, decide(self.config, scored), strict=True) if d.selected])
+        return []
+
+
+def compare(config: Config, rounds: int, note: Note) -> Result:
+    """Seconds of NeMo-Aligner's way over ours, for the same prompts, samples and updates."""
+    from alignment.reviews import review_prompts
+    from benchmarks.peers.constant_padding import ConstantPaddingClient, served_with_padding
+    from benchmarks.peers.nemo_rollouts import PROMPTS, scored_rollouts
+    from models.policy import load_policy
+
+    threads = config.resources.threads
+    folder = start(Path("runs") / "cache", threads, note)
+    local = reward_setup.default_reward_model(config.reward.max_tokens, threads)
+    policy = load_policy(folder, prompt_format="text")
+    prompts = review_prompts("imdb:prompts")[: config.rollouts.num_rollout_samples]
+    step = Step(config, policy, prompts, step_on(policy.model, config.training.model_copy(update=TRAINING)))
+    with tempfile.TemporaryDirectory(prefix="rs-step-") as scratch:
+        weights = reward_setup.export(local, Path(scratch) / "repository")
+        log = Path(scratch) / "log"
+        with (
+            reward_setup.served(Path(scratch) / "repository", threads=threads, log=log) as server,
+            reward_setup.ready_client(server) as client,
+            served_with_padding(weights, threads=threads, log=log.with_name("padded.log")) as url,
+        ):
+            padded = ConstantPaddingClient(url, config.reward.max_tokens, local.model.config.pad_token_id)
+            ways = {
+                "ours": lambda: step.train(_scored(step, client)),
+                "theirs": lambda: step.train(scored_rollouts(policy, prompts, config, padded, _rows(local))),
+            }
+            seconds = interleaved(ways, rounds, note, title="rs_step_vs_nemo_aligner")
+            padded.close()
+    rule = config.rollouts
+    against = (
+        f"NeMo-Aligner's way, in transformers: one sample a prompt at a time, {PROMPTS} prompts a micro-batch, scored in "
+        f"padded rows before the next ({len(prompts)} prompts x {rule.num_rollouts_per_prompt} samples x "
+        f"{rule.max_new_tokens} tokens)"
+    )
+    ratios = speedups(seconds["theirs"], seconds["ours"])
+    return result("rs_step_vs_nemo_aligner", ratios, target=3, against=against, command=COMMAND)
+
+
+def _scored(step: Step, client: Any) -> list[ScoredRollout]:
+    """Ours: a prompt's rewards are asked for while others generate."""
+    from alignment.rollouts import generate, in_prompt_order
+    from alignment.rs_step import training_sampling
+    from alignment.scoring import score_in_background
+
+    rule = step.config.rollouts
+    pending = [
+        score_in_background(client, batch)
+        for batch in generate(
+            step.policy,
+            step.prompts,
+            samples_per_prompt=rule.num_rollouts_per_prompt,
+            sampling=training_sampling(step.config),
+            batch_tokens=rule.batch_tokens,
+            stream="bench",
+        )
+    ]
+    return in_prompt_order([r for future in pending for r in future.result()], step.prompts)
+
+
+def _rows(local: LocalRewardModel) -> Any:
+    """The tokens of conversations, which NeMo-Aligner's client makes itself."""
+    return lambda pairs: local.rows([list(pair) for pair in pairs])
+
+
+def main() -> int:
+    """Measure, record, print. 0 whatever the ratio is; 1 where it could not be measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=16, help="prompts of the RS step")
+    parser.add_argument("--rounds", type=int, default=3, help="ratios")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads of policy and reward models")
+    options = parser.parse_args()
+    lines = ProgressLines(total_steps=1)
+    sets = [f"rollouts.num_rollout_samples={options.prompts}", f"resources.threads={options.threads}"]
+    try:
+        config = load_config(ROOT / "configs" / "imdb_sentiment.yaml", [*sets, "training.kl_penalty=0"])
+        made = compare(config, options.rounds, lambda text: lines.update({"kind": "note", "text": text}))
+    except AlignmentError as error:
+        print(error, file=sys.stderr)
+        return 1
+    record([made])
+    print(table([made]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
