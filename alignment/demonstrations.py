@@ -5,7 +5,8 @@ Read from built-in names or JSON lines in four forms:
     {"input": TEXT, "output": TEXT}                     one question or beginning, and what follows
     {"messages": MESSAGES}                              {"role", "content"} each, one answer or several
     {"system": TEXT, "mask": NAME, "conversations": [{"from": NAME, "value": TEXT}, …]}       NeMo's
-    {"chosen", "rejected"}                              a preference pair, of which the chosen side is imitated
+    {"chosen", "rejected"}                              a preference pair, of which the chosen side is imitated,
+                                                        also where "messages" repeats it (UltraFeedback)
 
 By default the loss counts every assistant's turn, with `turns="last"` only the last. NeMo's "mask" names the speaker
 whose turns it does not count ("User" where it is left out); the others' it does. What follows the last counted turn
@@ -110,7 +111,7 @@ def _turns(record: dict[str, Any], place: str) -> tuple[Sequence[Message], Count
             return parse_messages(record["messages"], place), _any
         case ["conversations"]:
             return _nemo_turns(record, place)
-        case ["chosen"] if "rejected" in record:
+        case ["chosen"] | ["messages", "chosen"] if "rejected" in record:  # UltraFeedback repeats the chosen side
             sides = shared_prompt(record, place)
             if isinstance(sides, str):
                 raise _Unusable(sides, f"{place}: the pair's prompt cannot be told: {sides}")
