@@ -17,16 +17,20 @@ a single usable line is an error.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from alignment.errors import DataError
 from alignment.files import local_copy, read_jsonl
 from alignment.preferences import conversation, parse_messages, shared_prompt
+from alignment.prompts import PromptText, prompt_text
 from alignment.reviews import review_demonstrations
 from alignment.toy import toy_demonstrations
-from alignment.types import Demonstration, LeftOut, Message
+from alignment.types import Demonstration, LeftOut, Message, Prompt, TokenSequence
+
+if TYPE_CHECKING:
+    from models.policy import PromptReader
 
 Turns = Literal["all", "last"]
 Counts = Callable[[int], bool]
@@ -80,6 +84,48 @@ def read_demonstrations(
         first = f"{count_faults(left_out)}; the first: {left_out[0].details}" if left_out else "the file is empty"
         raise DataError(f"{path}: no usable demonstration ({first})")
     return demonstrations, left_out
+
+
+def encode_demonstrations(
+    demonstrations: Iterable[Demonstration],
+    reader: "PromptReader",
+    eos_ids: Sequence[int],
+    *,
+    longest: int,
+    key: str,
+    held_out: Mapping[PromptText, str],
+) -> tuple[list[tuple[Demonstration, TokenSequence]], list[LeftOut]]:
+    """Demonstrations with the tokens that the policy reads, and those that cannot be learned from.
+
+    `longest` is the most tokens that one may have, by the config key `key`. `held_out` are prompts that measure the
+    policy, each with the name of its set: no answer to one of them is learned.
+    """
+    from models.sequences import encode_demonstration
+
+    encoded: list[tuple[Demonstration, TokenSequence]] = []
+    left_out: list[LeftOut] = []
+    for demonstration in demonstrations:
+        place = demonstration.place
+        try:
+            sequence = encode_demonstration(reader, demonstration, eos_ids)
+        except DataError as error:
+            left_out.append(LeftOut(place, "not_rendered", str(error)))
+            continue
+        held = next((held_out[text] for text in _answered(demonstration) if text in held_out), None)
+        if len(sequence.ids) > longest:
+            left_out.append(LeftOut(place, "too_long", f"{place}: {len(sequence.ids)} tokens, {key} is {longest}"))
+        elif held is not None:
+            details = f"{place}: its prompt is one of {held}, which measures the policy"
+            left_out.append(LeftOut(place, "held_out_prompt", details))
+        else:
+            encoded.append((demonstration, sequence))
+    return encoded, left_out
+
+
+def _answered(demonstration: Demonstration) -> Iterable[PromptText]:
+    """The prompts whose answers are learned: of a conversation, what comes before each answer that counts."""
+    messages, learned = demonstration.messages, demonstration.learned
+    return (prompt_text(Prompt("", messages[:i])) for i, counts in enumerate(learned) if counts)
 
 
 def count_faults(left_out: Iterable[LeftOut]) -> str:

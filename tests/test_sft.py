@@ -27,7 +27,12 @@ from tiny import random_rows
 
 
 def config(tmp_path, *overrides):
-    return load_config(SMOKE, [f"run.root={tmp_path}", "sft.val_check_interval=2", *overrides])
+    own = [override.replace("SUMS", str(tmp_path / "sums.jsonl")) for override in overrides]
+    return load_config(SMOKE, [f"run.root={tmp_path}", "sft.val_check_interval=2", *own])
+
+
+def sums():
+    return [json.dumps({"input": f"{i}+1=", "output": f"{i + 1}"}) + "\n" for i in range(40)]
 
 
 def last_weights(folder):
@@ -38,7 +43,7 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-MIXED = 'sft.train={"toy:demonstrations": 1, "toy:held_out_demonstrations": 2}'
+MIXED = 'sft.train={"toy:demonstrations": 1, "SUMS": 2}'
 VARIANTS = [
     (),
     ("sft.packing=rows", "sft.lora_rank=2", "sft.zero_stage=2", MIXED, "sft.validation=null"),
@@ -47,6 +52,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize("overrides", VARIANTS)
 def test_a_training_that_was_stopped_goes_on_as_if_nothing_had_been(tmp_path, overrides):
+    (tmp_path / "sums.jsonl").write_text("".join(sums()))
     settings = config(tmp_path, "sft.max_steps=7", *overrides)
     undisturbed, stopped = (sft_runs.begun(settings, name)[0] for name in ("undisturbed", "stopped"))
     expected = sft_runs.work(undisturbed)
@@ -167,7 +173,7 @@ def test_a_model_that_leaks_between_packed_sequences_is_refused_before_it_learns
 
 def test_the_flow_from_demonstrations_to_a_policy_that_can_be_aligned(tmp_path):
     place = Place(tmp_path)
-    lines = [json.dumps({"input": f"{i}+1=", "output": f"{i + 1}"}) + "\n" for i in range(40)]
+    lines = sums()
     (tmp_path / "sums.jsonl").write_text("".join([*lines[:20], "{torn\n", *lines[20:]]))
     mixture = json.dumps({"sums.jsonl": 1, "toy:demonstrations": 3})
     done = place.execute(place.command("sft_flow", "run", sft__train=mixture, sft__max_steps=10, sft__packing="rows"))
