@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sft_runs
+from alignment import reward_stage, sft_stage, task
 from alignment.config import load_config, parse_config
-from alignment.errors import CheckpointError
+from alignment.errors import CheckpointError, StoppedError
 from alignment.fitting import read_weights
+from alignment.run_folder import RunFolder
 from alignment.sft_stage import main, summary
 from alignment.sft_worker import trainable_policy
 from flow_runs import ROOT, SMOKE, Place, wait_for
@@ -81,6 +83,25 @@ def test_a_worker_that_was_killed_goes_on_from_its_last_checkpoint(tmp_path):
     assert [r["step"] for r in records if r["kind"] == "step"] == list(range(1, 8))
     assert [r["step"] for r in records if r["kind"] == "validation"] == [0, 2, 4, 6, 7]
     assert same(last_weights(undisturbed), last_weights(killed))
+
+
+@pytest.mark.parametrize("stage", [sft_stage, reward_stage])
+def test_a_training_that_stops_says_where_and_why(tmp_path, monkeypatch, stage):
+    started, lines = [], []
+    (tmp_path / "run").mkdir()
+
+    def stand_in(module, arguments, *, num_workers, on_event, grace_s, check):
+        started.append((module, arguments, num_workers, grace_s))
+        on_event({"kind": "note", "text": "a word"})
+        on_event({"kind": "stopped", "step": 3, "reason": "SIGTERM"})
+
+    monkeypatch.setattr(task, "run_workers", stand_in)
+    monkeypatch.setenv(task.COMMAND_STARTED, "1000")
+    overrides = ("resources.cpu_workers=2", "loop.stop_grace_s=7", "loop.max_time_per_run=00:00:01:00")
+    with pytest.raises(StoppedError, match=r"stopped after step 3: SIGTERM\. .*resume`,? goes on from"):
+        stage.train(config(tmp_path, *overrides), RunFolder(tmp_path / "run"), lines.append)
+    assert started == [(stage.WORKER, ["--folder", str(tmp_path / "run"), "--ends-at", "1060.0"], 2, 7.0)]
+    assert len(lines) == 1 and lines[0].endswith(": a word")
 
 
 def test_packed_and_padded_trainings_learn_the_same(tmp_path):
