@@ -30,13 +30,15 @@ def iterate(config: Config, run: RunFolder, reward: RewardModelRef, judge: Judge
     stopped: list[dict[str, Any]] = []
     progress = ProgressLines(total)
     with (
-        timed_task(run, "iterate"),
+        timed_task(run, "iterate") as work_begins,
         served(config, run, reward) as server,
         tracker(config, run) as wandb_run,
     ):
 
         def on_event(event: dict[str, Any]) -> None:
             progress.update(event)
+            if event["kind"] == "phase":
+                work_begins()
             if event["kind"] == "step":
                 wandb_run.log_step(event)
             elif event["kind"] == "validation":

@@ -185,8 +185,16 @@ def ready_timeout_s(config: Config) -> float:
 
 
 @contextmanager
-def timed_task(run: RunFolder, name: str) -> Iterator[None]:
-    """Adds a "task" record with the seconds that the body took, once it has ended well."""
+def timed_task(run: RunFolder, name: str) -> Iterator[Callable[[], None]]:
+    """Adds a "task" record with the seconds that the body took, once it has ended well.
+
+    The body may call what it is given when its work begins: the seconds until the first call are `starting`.
+    """
     begun = time.monotonic()
-    yield
-    run.append_metrics({"kind": "task", "name": name, "seconds": time.monotonic() - begun})
+    starting: dict[str, float] = {}
+
+    def work_begins() -> None:
+        starting.setdefault("starting", time.monotonic() - begun)
+
+    yield work_begins
+    run.append_metrics({"kind": "task", "name": name, "seconds": time.monotonic() - begun, **starting})
