@@ -5,7 +5,8 @@ Read from built-in names or JSON lines in four forms:
     {"input": TEXT, "output": TEXT}                     one question or beginning, and what follows
     {"messages": MESSAGES}                              {"role", "content"} each, one answer or several
     {"system": TEXT, "mask": NAME, "conversations": [{"from": NAME, "value": TEXT}, …]}       NeMo's
-    {"chosen", "rejected"}                              a preference pair, of which the chosen side is imitated
+    {"chosen", "rejected"}                              a preference pair, of which the chosen side is imitated,
+                                                        also where "messages" repeats it (UltraFeedback)
 
 By default the loss counts every assistant's turn, with `turns="last"` only the last. NeMo's "mask" names the speaker
 whose turns it does not count ("User" where it is left out); the others' it does. What follows the last counted turn
@@ -16,16 +17,20 @@ a single usable line is an error.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from alignment.errors import DataError
 from alignment.files import local_copy, read_jsonl
 from alignment.preferences import conversation, parse_messages, shared_prompt
+from alignment.prompts import PromptText, prompt_text
 from alignment.reviews import review_demonstrations
 from alignment.toy import toy_demonstrations
-from alignment.types import Demonstration, LeftOut, Message
+from alignment.types import Demonstration, LeftOut, Message, Prompt, TokenSequence
+
+if TYPE_CHECKING:
+    from models.policy import PromptReader
 
 Turns = Literal["all", "last"]
 Counts = Callable[[int], bool]
@@ -81,6 +86,48 @@ def read_demonstrations(
     return demonstrations, left_out
 
 
+def encode_demonstrations(
+    demonstrations: Iterable[Demonstration],
+    reader: "PromptReader",
+    eos_ids: Sequence[int],
+    *,
+    longest: int,
+    key: str,
+    held_out: Mapping[PromptText, str],
+) -> tuple[list[tuple[Demonstration, TokenSequence]], list[LeftOut]]:
+    """Demonstrations with the tokens that the policy reads, and those that cannot be learned from.
+
+    `longest` is the most tokens that one may have, by the config key `key`. `held_out` are prompts that measure the
+    policy, each with the name of its set: no answer to one of them is learned.
+    """
+    from models.sequences import encode_demonstration
+
+    encoded: list[tuple[Demonstration, TokenSequence]] = []
+    left_out: list[LeftOut] = []
+    for demonstration in demonstrations:
+        place = demonstration.place
+        try:
+            sequence = encode_demonstration(reader, demonstration, eos_ids)
+        except DataError as error:
+            left_out.append(LeftOut(place, "not_rendered", str(error)))
+            continue
+        held = next((held_out[text] for text in _answered(demonstration) if text in held_out), None)
+        if len(sequence.ids) > longest:
+            left_out.append(LeftOut(place, "too_long", f"{place}: {len(sequence.ids)} tokens, {key} is {longest}"))
+        elif held is not None:
+            details = f"{place}: its prompt is one of {held}, which measures the policy"
+            left_out.append(LeftOut(place, "held_out_prompt", details))
+        else:
+            encoded.append((demonstration, sequence))
+    return encoded, left_out
+
+
+def _answered(demonstration: Demonstration) -> Iterable[PromptText]:
+    """The prompts whose answers are learned: of a conversation, what comes before each answer that counts."""
+    messages, learned = demonstration.messages, demonstration.learned
+    return (prompt_text(Prompt("", messages[:i])) for i, counts in enumerate(learned) if counts)
+
+
 def count_faults(left_out: Iterable[LeftOut]) -> str:
     """What was left out in a few words, e.g. "12 malformed, 3 different_prompts"."""
     return ", ".join(f"{count} {fault}" for fault, count in Counter(item.fault for item in left_out).most_common())
@@ -110,7 +157,7 @@ def _turns(record: dict[str, Any], place: str) -> tuple[Sequence[Message], Count
             return parse_messages(record["messages"], place), _any
         case ["conversations"]:
             return _nemo_turns(record, place)
-        case ["chosen"] if "rejected" in record:
+        case ["chosen"] | ["messages", "chosen"] if "rejected" in record:  # UltraFeedback repeats the chosen side
             sides = shared_prompt(record, place)
             if isinstance(sides, str):
                 raise _Unusable(sides, f"{place}: the pair's prompt cannot be told: {sides}")

@@ -20,6 +20,7 @@ from typing import Any
 
 from alignment.continuation import differences
 from alignment.errors import AlignmentError, CheckpointError, DataError
+from alignment.mix_in import MIX_IN
 from alignment.provenance import metrics_digest
 from alignment.run_folder import RunFolder
 from models.checkpoints import finished, read_manifest, sha256_file, verify
@@ -120,16 +121,19 @@ def check(run: RunFolder) -> Iterator[tuple[bool, str]]:
             yield _same(folder / "manifest.json", kept), f"checkpoint {folder.name}, and its manifest in the chain"
         except CheckpointError as error:
             yield False, f"checkpoint {folder.name}: {error}"
+    config = json.loads(run.config.read_text())
+    # After `resume.from` the newest checkpoint may be the other run's, which had its own config and SFT mix-in.
+    is_own = not config["resume"]["from"] or links[0]["run_id"] == run.path.name
     for name, digest in links[0]["data"].items():
-        yield _matches(run.prompts / name, digest)
+        if is_own or name != MIX_IN or config["training"]["sft_mix"] is None:
+            yield _matches(run.prompts / name, digest)
     for name, digest in links[0]["judge"]["files"].items():
         yield _matches(run.path / "judge" / name, digest)
     yield (
         metrics_digest(run, links[0]["step"]) == links[0]["metrics_sha256"],
         "metrics.jsonl up to the newest checkpoint",
     )
-    went_on = json.loads(run.config.read_text())["resume"]["from"]
-    if not went_on or links[0]["run_id"] == run.path.name:  # else the newest checkpoint may be the other run's
+    if is_own:
         saved = finished(run.checkpoints)[-1] / "run_config.json"
         yield _same_json(saved, run.config), "config.json, as the newest checkpoint has it"
     for link in reversed(links):

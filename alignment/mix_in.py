@@ -14,18 +14,22 @@ from pathlib import Path
 
 from alignment.atomic_files import json_text, write_text
 from alignment.config import Config
-from alignment.demonstrations import count_faults, read_demonstrations
+from alignment.demonstrations import count_faults, encode_demonstrations, read_demonstrations
 from alignment.embedded import policy_folder
 from alignment.errors import DataError
 from alignment.preparation import cache_folder, load_prompt_sets
 from alignment.prompts import prompt_text, read_order
-from alignment.types import LeftOut, Prompt, Rollout
+from alignment.types import Demonstration, Rollout, TokenSequence
+
+MIX_IN = "mix_in.jsonl"
+"""Its file, among those of the prompts."""
+MEASURED = ("validation", "evaluation")
+"""Sets of prompts that are nobody's demonstration."""
 
 
 def prepare_mix_in(config: Config, run: Path, on_note: Callable[[str], None]) -> None:
     """Read, tokenize and write the demonstrations; what cannot be used is counted. Raises DataError."""
     from models.policy import load_ending_tokens, load_reader
-    from models.sequences import encode_demonstration
 
     source, cache = config.training.sft_mix, cache_folder(config)
     if source is None:
@@ -35,24 +39,12 @@ def prepare_mix_in(config: Config, run: Path, on_note: Callable[[str], None]) ->
     eos_ids = load_ending_tokens(base, reader)
     longest = config.prompts.max_prompt_tokens + config.rollouts.max_new_tokens
     sets = load_prompt_sets(run)
-    held_out = {prompt_text(prompt) for prompt in (*sets.validation, *sets.evaluation)}
+    held_out = {prompt_text(prompt): name for name in MEASURED for prompt in getattr(sets, name)}
     demonstrations, left_out = read_demonstrations(source, cache, turns="last")
-    lines = []
-    for demonstration in demonstrations:
-        place = demonstration.place
-        try:
-            sequence = encode_demonstration(reader, demonstration, eos_ids)
-        except DataError as error:
-            left_out.append(LeftOut(place, "not_rendered", str(error)))
-            continue
-        start = sequence.learned.index(True)
-        if len(sequence.ids) > longest:
-            left_out.append(LeftOut(place, "too_long", f"{place}: {len(sequence.ids)} tokens, of {longest} at most"))
-        elif prompt_text(Prompt(place, demonstration.messages[:-1])) in held_out:
-            left_out.append(LeftOut(place, "held_out_prompt", f"{place}: its prompt measures the policy"))
-        else:
-            sides = {"prompt_ids": sequence.ids[:start], "response_ids": sequence.ids[start:]}
-            lines.append(json_text({"id": place, "messages": demonstration.messages[:-1], **sides}) + "\n")
+    key = "prompts.max_prompt_tokens + rollouts.max_new_tokens"
+    encoded, unfit = encode_demonstrations(demonstrations, reader, eos_ids, longest=longest, key=key, held_out=held_out)
+    left_out += unfit
+    lines = [_line(demonstration, sequence) for demonstration, sequence in encoded]
     write_text(run / "excluded_examples.jsonl", "".join(json_text(asdict(item)) + "\n" for item in left_out))
     told = f"SFT mix-in: {len(lines)} demonstrations of {source}"
     on_note(f"{told}, left out: {count_faults(left_out)}" if left_out else told)
@@ -61,14 +53,20 @@ def prepare_mix_in(config: Config, run: Path, on_note: Callable[[str], None]) ->
             f"training.sft_mix ({source}) has {len(lines)} usable demonstrations, and training.num_sft_examples is "
             f"{config.training.num_sft_examples}: lower that or name a larger source"
         )
-    write_text(run / "prompts" / "mix_in.jsonl", "".join(lines))
+    write_text(run / "prompts" / MIX_IN, "".join(lines))
+
+
+def _line(demonstration: Demonstration, sequence: TokenSequence) -> str:
+    start = sequence.learned.index(True)
+    sides = {"prompt_ids": sequence.ids[:start], "response_ids": sequence.ids[start:]}
+    return json_text({"id": demonstration.place, "messages": demonstration.messages[:-1], **sides}) + "\n"
 
 
 def load_mix_in(config: Config, run: Path) -> tuple[Rollout, ...]:
     """What `prepare_mix_in` wrote, laid out like selected responses; empty where there is no mix-in."""
     if config.training.sft_mix is None:
         return ()
-    rows = [json.loads(line) for line in (run / "prompts" / "mix_in.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "prompts" / MIX_IN).read_text().splitlines()]
     return tuple(
         Rollout(
             prompt_id=row["id"],

@@ -3,7 +3,7 @@
 Read from built-in names or JSON lines in four forms:
 
     {"chosen": TRANSCRIPT, "rejected": TRANSCRIPT}              "\\n\\nHuman: …\\n\\nAssistant: …" as in HH-RLHF
-    {"chosen": MESSAGES, "rejected": MESSAGES}                  with or without a "prompt" of what both share
+    {"chosen": MESSAGES, "rejected": MESSAGES}                  a "prompt" beside them is in both, or goes before both
     {"prompt": TEXT or MESSAGES, "chosen": TEXT, "rejected": TEXT}
     {"text": …} lines in turn                                   chosen, rejected, chosen, rejected … (NeMo-Aligner)
 
@@ -95,8 +95,7 @@ def shared_prompt(record: dict[str, Any], place: str) -> Sides | LeftOut:
     elif isinstance(chosen, list) and isinstance(rejected, list):
         sides = [parse_messages(side, place) for side in (chosen, rejected)]
         if prompt:
-            shared = parse_prompt(prompt, place)
-            sides = [side if side[: len(shared)] == shared else shared + side for side in sides]
+            sides = [_after(parse_prompt(prompt, place), side) for side in sides]
     else:
         raise DataError(
             f'{place}: "chosen" and "rejected" must both be strings or both lists of messages, '
@@ -107,6 +106,18 @@ def shared_prompt(record: dict[str, Any], place: str) -> Sides | LeftOut:
     if sides[0][:-1] != sides[1][:-1]:
         return "different_prompts"
     return sides[0][:-1], sides[0][-1]["content"], sides[1][-1]["content"]
+
+
+def _after(prompt: tuple[Message, ...], side: tuple[Message, ...]) -> tuple[Message, ...]:
+    """A side that goes on from `prompt`, with it; one that holds it already, as UltraFeedback's do, as it stands.
+
+    There the prompt is the text of a user's message, the space around it or a system's message before it aside.
+    """
+    if side[: len(prompt)] == prompt:
+        return side
+    asked = {message["content"].strip() for message in side if message["role"] == "user"}
+    is_held = len(prompt) == 1 and prompt[0]["role"] == "user" and prompt[0]["content"].strip() in asked
+    return side if is_held else prompt + side
 
 
 def is_transcript(text: str) -> bool:
@@ -174,9 +185,12 @@ def _margin(record: dict[str, Any], place: str) -> float | None:
         return None
     if "margin" in given:
         name, margin = '"margin"', parse_number(given["margin"], '"margin"', place)
+    elif len(given) == 1:
+        missing = next(key for key in _SCORES if key not in given)
+        raise DataError(f'{place}: "{next(iter(given))}" stands without "{missing}": give both, or neither')
     else:
         name = '"score_chosen" - "score_rejected"'
-        chosen, rejected = (parse_number(given.get(key), f'"{key}"', place) for key in _SCORES)
+        chosen, rejected = (parse_number(given[key], f'"{key}"', place) for key in _SCORES)
         margin = parse_number(chosen - rejected, name, place)
     if margin < 0:
         raise DataError(f"{place}: {name} must be >= 0, found {margin}: swap the sides, or leave the pair out")

@@ -19,6 +19,8 @@ from alignment.toy import toy_prompts
 from alignment.types import Message, Prompt
 
 OnExcluded = Callable[[str, str], None]
+PromptText = tuple[tuple[str, str], ...]
+"""(role, content) of each message: what tells two prompts apart."""
 
 
 def read_prompts(source: str, cache: Path, on_excluded: OnExcluded | None = None) -> list[Prompt]:
@@ -84,7 +86,7 @@ def evaluation_split(prompts: Sequence[Prompt], *, num_evaluation: int, seed: in
 
 def _distinct(prompts: Sequence[Prompt], seed: str) -> list[Prompt]:
     """The prompts in a seeded order, no text twice."""
-    first_of_text: dict[tuple[tuple[str, str], ...], Prompt] = {}
+    first_of_text: dict[PromptText, Prompt] = {}
     for i in _permutation(len(prompts), seed):
         first_of_text.setdefault(prompt_text(prompts[i]), prompts[i])
     return list(first_of_text.values())
@@ -126,7 +128,7 @@ def _permutation(size: int, seed: str) -> list[int]:
     return sorted(range(size), key=keys.__getitem__)
 
 
-def prompt_text(prompt: Prompt) -> tuple[tuple[str, str], ...]:
+def prompt_text(prompt: Prompt) -> PromptText:
     """What tells two prompts apart, whatever their ids: equal for those of the same messages."""
     return tuple((message["role"], message["content"]) for message in prompt.messages)
 

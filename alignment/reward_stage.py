@@ -13,12 +13,12 @@ from alignment.atomic_files import disk_errors
 from alignment.config import Config
 from alignment.embedded import reward_model_folder
 from alignment.errors import AlignmentError, StoppedError
-from alignment.launch import SOURCE_ROOT, run_workers
+from alignment.launch import SOURCE_ROOT
 from alignment.preparation import cache_folder
 from alignment.progress import FitLines
 from alignment.reward_data import TEST, RewardData, read_reward_data
 from alignment.run_folder import RunFolder
-from alignment.task import ends_at, reward_client
+from alignment.task import fit_on_workers, reward_client
 from alignment.types import RewardModelRef
 from models.checkpoints import sha256_file
 
@@ -96,25 +96,10 @@ def train(config: Config, folder: RunFolder, on_note: Note) -> None:
     """Train on all workers, from the last checkpoint in `folder` if there is one. Raises AlignmentError."""
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.config.write_text(config.model_dump_json(indent=2))
-    stopped: list[str] = []
-    progress = FitLines(on_note, "reward", "reward model")
-
-    def on_event(event: dict[str, Any]) -> None:
-        if event["kind"] == "stopped":
-            stopped.append(event["reason"])
-        progress.update(event)
-
-    run_workers(
-        WORKER,
-        ["--folder", str(folder.path), *ends_at(config)],
-        num_workers=config.num_workers,
-        on_event=on_event,
-        check=lambda: None,
-        grace_s=config.loop.stop_grace_s,
-    )
+    stopped = fit_on_workers(WORKER, config, folder, FitLines(on_note, "reward", "reward model"))
     if stopped:
         raise StoppedError(
-            f"the reward model's training stopped: {stopped[0]}. The same command, or `resume`, goes on from its last "
+            f"the reward model's training {stopped}. The same command, or `resume`, goes on from its last "
             f"checkpoint in {folder.path}"
         )
 

@@ -4,24 +4,27 @@
                    validation.parquet
     <run>/excluded_examples.jsonl          every line that was left out: place, fault, details
 
+No example has a prompt that judges the result: those of `prompts.held_out` and `evaluation.prompts` are left out.
+
 They are written once, so that workers and resumes see the same ones. The order they are read in, and what the weights
 of several sources mean, is `alignment.mixture`'s.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.atomic_files import json_text, write_atomically, write_text
 from alignment.config import Config
-from alignment.demonstrations import count_faults, read_demonstrations
+from alignment.demonstrations import count_faults, encode_demonstrations, read_demonstrations
 from alignment.embedded import policy_folder
 from alignment.errors import ConfigError, DataError
 from alignment.mixture import per_epoch
 from alignment.preparation import cache_folder
+from alignment.prompts import PromptText, prompt_text, read_prompts
 from alignment.splits import split_by_prompt
 from alignment.types import Demonstration, LeftOut, Message, TokenSequence
 
@@ -71,8 +74,9 @@ def prepare_examples(config: Config, run: Path) -> list[dict[str, Any]]:
     eos_ids = load_ending_tokens(source, reader)
     summaries: list[dict[str, Any]] = []
     excluded: list[LeftOut] = []
+    held_out = _held_out(config)
     for part in _parts(config):
-        rows, left_out = _encoded(part, reader, eos_ids, own.max_tokens)
+        rows, left_out = _encoded(part, reader, eos_ids, own.max_tokens, held_out[part.role])
         _write_examples(run / "examples" / f"{part.name}.parquet", rows)
         excluded += left_out
         faults = Counter(item.fault for item in left_out)
@@ -121,29 +125,33 @@ def _parts(config: Config) -> Iterator[_Part]:
 
 
 def _encoded(
-    part: _Part, reader: "PromptReader", eos_ids: Sequence[int], max_tokens: int
+    part: _Part, reader: "PromptReader", eos_ids: Sequence[int], max_tokens: int, held_out: Mapping[PromptText, str]
 ) -> tuple[list[tuple[str, TokenSequence]], list[LeftOut]]:
     """A part's examples with their places, and all that was left out of it. Raises DataError where none remains."""
-    from models.sequences import encode_demonstration
-
-    rows: list[tuple[str, TokenSequence]] = []
-    left_out = list(part.left_out)
-    for demonstration in part.demonstrations:
-        place = demonstration.place
-        try:
-            sequence = encode_demonstration(reader, demonstration, eos_ids)
-        except DataError as error:
-            left_out.append(LeftOut(place, "not_rendered", str(error)))
-            continue
-        if len(sequence.ids) <= max_tokens:
-            rows.append((place, sequence))
-        else:
-            text = f"{place}: {len(sequence.ids)} tokens, sft.max_tokens is {max_tokens}"
-            left_out.append(LeftOut(place, "too_long", text))
-    if not rows:
+    encoded, unfit = encode_demonstrations(
+        part.demonstrations, reader, eos_ids, longest=max_tokens, key="sft.max_tokens", held_out=held_out
+    )
+    left_out = [*part.left_out, *unfit]
+    if not encoded:
         why = f"{count_faults(left_out)}; the last: {left_out[-1].details}" if left_out else "the share took none"
         raise DataError(f"{part.source}: no example is left that can be {part.role} ({why})")
-    return rows, left_out
+    return [(demonstration.place, sequence) for demonstration, sequence in encoded], left_out
+
+
+def _held_out(config: Config) -> dict[str, dict[PromptText, str]]:
+    """By role, the prompts that no example may have, each with the key that names its source. Raises DataError.
+
+    They measure the policy once it is aligned. Nothing of `prompts.held_out` is trained on, since which of them a run
+    draws depends on its seed; they may choose a checkpoint here as they do there. `evaluation.prompts` may not.
+    """
+    cache = cache_folder(config)
+
+    def texts(key: str, source: str | None) -> dict[PromptText, str]:
+        prompts = read_prompts(source, cache, lambda *_: None) if source else []  # a pair without one measures nothing
+        return {prompt_text(prompt): key for prompt in prompts}
+
+    evaluation = texts("evaluation.prompts", config.evaluation.prompts)
+    return {TRAINED: texts("prompts.held_out", config.prompts.held_out) | evaluation, VALIDATED: evaluation}
 
 
 def read_examples(config: Config, run: Path) -> SftData:

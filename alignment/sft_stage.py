@@ -24,11 +24,10 @@ from typing import Any
 from alignment.atomic_files import disk_errors, settle_files, write_json
 from alignment.config import Config, parse_config
 from alignment.errors import AlignmentError, ConfigError, StoppedError
-from alignment.launch import run_workers
 from alignment.progress import FitLines, duration
 from alignment.run_folder import RunFolder, create
 from alignment.sft_data import TRAINED, prepare_examples
-from alignment.task import claim_devices, ends_at, timed_task
+from alignment.task import claim_devices, fit_on_workers, timed_task
 from alignment.types import Checkpoint
 
 WORKER = "alignment.sft_worker"
@@ -63,28 +62,10 @@ def begin(config: Config, run_id: str, resumed_id: str | None, on_note: Note) ->
 def train(config: Config, run: RunFolder, on_note: Note) -> None:
     """Train on all workers, from the last checkpoint if there is one. Raises AlignmentError."""
     claim_devices(config)
-    stopped: list[dict[str, Any]] = []
-    progress = FitLines(on_note, "sft", "sft")
-
-    def on_event(event: dict[str, Any]) -> None:
-        if event["kind"] == "stopped":
-            stopped.append(event)
-        progress.update(event)
-
     with timed_task(run, "train"):
-        run_workers(
-            WORKER,
-            ["--folder", str(run.path), *ends_at(config)],
-            num_workers=config.num_workers,
-            on_event=on_event,
-            check=lambda: None,
-            grace_s=config.loop.stop_grace_s,
-        )
+        stopped = fit_on_workers(WORKER, config, run, FitLines(on_note, "sft", "sft"))
     if stopped:
-        raise StoppedError(
-            f"stopped after step {stopped[0]['step']}: {stopped[0]['reason']}. "
-            "`python flows/sft_flow.py resume` goes on from there"
-        )
+        raise StoppedError(f"{stopped}. `python flows/sft_flow.py resume` goes on from there")
 
 
 def finish(config: Config, run: RunFolder, summaries: list[dict[str, Any]], started: float) -> dict[str, Any]:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alignment.config import Config
 from alignment.errors import ConfigError
+from alignment.launch import run_workers
+from alignment.progress import FitLines
 from alignment.reward_server import RewardServer, reward_server
 from alignment.run_folder import RunFolder
 from alignment.tracking import Tracker, tracked
@@ -46,6 +48,29 @@ def ends_at(config: Config) -> list[str]:
     if seconds is None:
         return []
     return ["--ends-at", str(float(os.environ.get(COMMAND_STARTED, time.time())) + seconds)]
+
+
+def fit_on_workers(worker: str, config: Config, folder: RunFolder, progress: FitLines) -> str | None:
+    """Run a training's worker module on all workers, from the last checkpoint in `folder` if there is one.
+
+    Returns after which step it stopped and why, None where it came to its end. Raises the worker's AlignmentError.
+    """
+    stopped: list[str] = []
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event["kind"] == "stopped":
+            stopped.append(f"stopped after step {event['step']}: {event['reason']}")
+        progress.update(event)
+
+    run_workers(
+        worker,
+        ["--folder", str(folder.path), *ends_at(config)],
+        num_workers=config.num_workers,
+        on_event=on_event,
+        check=lambda: None,
+        grace_s=config.loop.stop_grace_s,
+    )
+    return stopped[0] if stopped else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,20 +22,17 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from alignment.atomic_files import write_json, write_text
 from alignment.config import Config, load_config
 from alignment.errors import AlignmentError
 from alignment.launch import worker_environment
-from alignment.selection import REWARD_DECIMALS
-from alignment.statistics import Estimate, best_of_n_kl_bound, mean_difference, win_rate
+from benchmarks.method_table import best_of, compared, table
 from benchmarks.plot import line_chart
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,19 +61,6 @@ class Arm:
     def file(self, out: Path) -> Path:
         """Where its measurements go."""
         return out / f"{self.name.replace(' ', '-')}-seed-{self.config.seed}.json"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table: what an arm, or best of n, reached against the base; seeds are pooled."""
-
-    name: str
-    kl: Estimate
-    reward_gain: Estimate
-    judge_gain: Estimate
-    win_rate: Estimate
-    judge_win_rate: Estimate
-    responses: int
 
 
 def main() -> int:
@@ -110,69 +94,8 @@ def main() -> int:
     bottom = math.floor(lowest * 10) / 10
     chart = line_chart(title, "KL to the base, nats", "win rate by the judge", curves, logarithmic=False, bottom=bottom)
     write_text(out / "method.svg", chart)
-    write_json(out / "method.json", [{**row.__dict__, **_plain(row)} for row in rows])
+    write_json(out / "method.json", [row.plain() for row in rows])
     return 0
-
-
-def compared(name: str, points: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]], config: Config) -> Row:
-    """An arm's responses against the base's first ones; points and base have one entry a seed."""
-    rewards, judged = ([_first(p[key]) for p in points] for key in ("reward", "judge"))
-    base_rewards, base_judged = ([_first(b[key]) for b in base] for key in ("reward", "judge"))
-    rollouts = config.rollouts
-    kl = np.concatenate([p["kl"] for p in points])
-    return Row(
-        name,
-        mean_difference(kl, np.zeros(len(kl))),
-        mean_difference(np.concatenate(rewards), np.concatenate(base_rewards)),
-        mean_difference(np.concatenate(judged), np.concatenate(base_judged)),
-        win_rate(np.concatenate(rewards), np.concatenate(base_rewards)),
-        win_rate(np.concatenate(judged), np.concatenate(base_judged)),
-        points[0]["step"] * rollouts.num_rollout_samples * rollouts.num_rollouts_per_prompt,
-    )
-
-
-def best_of(n: int, base: Sequence[dict[str, Any]]) -> Row:
-    """Best of n of the base by the reward model, from a pool that the opponent is not in; its KL is a bound."""
-    rewards = np.concatenate([b["reward"] for b in base])
-    judged = np.concatenate([b["judge"] for b in base])
-    best = np.round(rewards[:, 1 : n + 1], REWARD_DECIMALS).argmax(axis=1) + 1  # as selection compares them
-    rows, bound = np.arange(len(rewards)), best_of_n_kl_bound(n)
-    return Row(
-        f"best of {n}",
-        Estimate(bound, (bound, bound)),
-        mean_difference(rewards[rows, best], rewards[:, 0]),
-        mean_difference(judged[rows, best], judged[:, 0]),
-        win_rate(rewards[rows, best], rewards[:, 0]),
-        win_rate(judged[rows, best], judged[:, 0]),
-        0,
-    )
-
-
-def table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table, with 95 % intervals over prompts."""
-    lines = [
-        "| | KL, nats | win rate by the judge | win rate by reward | judge's gain | reward's gain | responses |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        kl = f"≤ {row.kl.value:.2f}" if not row.responses else _shown(row.kl, ".2f")
-        cells = [kl, _shown(row.judge_win_rate, ".3f"), _shown(row.win_rate, ".3f")]
-        cells += [_shown(row.judge_gain, "+.2f"), _shown(row.reward_gain, "+.2f"), str(row.responses or "")]
-        lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _shown(estimate: Estimate, form: str) -> str:
-    low, high = estimate.ci95
-    return f"{estimate.value:{form}} ({low:{form}} to {high:{form}})"
-
-
-def _plain(row: Row) -> dict[str, Any]:
-    return {k: {"value": v.value, "ci95": list(v.ci95)} for k, v in row.__dict__.items() if isinstance(v, Estimate)}
-
-
-def _first(groups: Sequence[Sequence[float]]) -> list[float]:
-    return [group[0] for group in groups]
 
 
 def _arms(options: argparse.Namespace) -> list[Arm]:
@@ -230,7 +153,7 @@ def _run(arm: Arm, out: Path, weights: Path) -> None:
     """Run an arm in a process of its own, unless its file is there and of the same method and config."""
     file, config = arm.file(out), arm.config.model_dump(mode="json")
     what = {"method": arm.method, "config": config}
-    if file.exists() and what.items() <= json.loads(file.read_text()).items():
+    if _is_there(file, what):
         return print(f"{file.stem}: there already")
     print(f"{file.stem}: begins", flush=True)
     own, points = file.with_suffix(".config.json"), file.with_suffix(".points.json")
@@ -247,6 +170,12 @@ def _run(arm: Arm, out: Path, weights: Path) -> None:
     for scratch in (own, points):
         scratch.unlink()
     print(f"{file.stem}: done", flush=True)
+
+
+def _is_there(file: Path, what: Mapping[str, Any]) -> bool:
+    """Whether a file holds this arm's measurements, with the ids of their prompts, which were not always written."""
+    found = json.loads(file.read_text()) if file.exists() else {}
+    return what.items() <= found.items() and "prompts" in found["points"][0]
 
 
 def _one_gpu() -> dict[str, str]:

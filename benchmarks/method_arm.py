@@ -91,7 +91,7 @@ class World:
         return _policy(self.config)
 
     def measured(self, policy: Policy, who: str, samples_per_prompt: int = 1) -> dict[str, Any]:
-        """Responses to the evaluation prompts: rewards and judge's scores, a list a prompt, and the KL to the base."""
+        """Responses to the evaluation prompts: of each its id, rewards, judge's scores and KL to the base."""
         samples = sample_and_score(
             policy,
             self.prompts.evaluation,
@@ -104,6 +104,7 @@ class World:
             on_progress=lambda done, total: None,
         )
         return {
+            "prompts": [prompt.prompt_id for prompt in self.prompts.evaluation],
             "reward": [[r.reward for r in group] for group in samples.rollouts],
             "judge": samples.judged,
             "kl": [] if policy is self.base else kl_to_base(policy, self.base, samples.first()),

@@ -15,8 +15,9 @@ class SFTFlow(FlowSpec):
     train  optimizer steps on all workers, with validations and checkpoints; the best one's model is written
     end    say how it went, and where the model is
 
-    The sections policy, sft, resources, loop (stop_grace_s, max_time_per_run) and run of a preset are read. The first
-    run's id names <run.root>/sft/<run id>/ for good: a resume appends there.
+    The sections policy, sft, resources, loop (stop_grace_s, max_time_per_run) and run of a preset are read, and
+    prompts.held_out and evaluation.prompts, which are kept out of the training. The first run's id names
+    <run.root>/sft/<run id>/ for good: a resume appends there.
     """
 
     config = Config("config", default=DEFAULT_PRESET, parser=parse_preset, help=CONFIG_HELP)

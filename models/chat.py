@@ -12,6 +12,7 @@ folder or a hub name; the base is what the run began with, unless --base names a
 import argparse
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -198,4 +199,5 @@ def _number(text: str) -> float:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… | head` ends it without a word
     sys.exit(main())

@@ -43,14 +43,17 @@ def export_policy(
     """Write the policy as the next free version; returns the version and the digest of its weights.
 
     `max_new_tokens` is the longest response that a request may ask for, and what one gets that does not say. `card`
-    is stored with name, version and digest added. Raises ConfigError where `name` is another kind of model's,
-    DiskError when writing fails.
+    is stored with name, version and digest added. Raises ConfigError where `name` is another kind of model's or
+    `max_new_tokens` leaves no room for a prompt or an answer, DiskError when writing fails.
     """
     from models.reward_export import claim_version, weights_digest
 
     context = policy.reader.context or NO_CONTEXT
-    if max_new_tokens >= context:
-        raise ConfigError(f"--max-new-tokens ({max_new_tokens}) must be < the policy's context of {context} tokens")
+    if not 1 <= max_new_tokens < context:
+        raise ConfigError(
+            f"--max-new-tokens ({max_new_tokens}) must be at least 1 and < the policy's context of {context} tokens: "
+            "give the longest response that a request may ask for"
+        )
     folder = repository / name
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

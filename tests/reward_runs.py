@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 
-from alignment import reward_stage, reward_worker
+from alignment import reward_stage, reward_worker, task
 from alignment.config import Config, parse_config
 from alignment.lifeline import Stop
 from alignment.run_folder import RunFolder
@@ -76,5 +76,5 @@ def _prepared(config: Config) -> Any:
         for event in work(parse_config((folder / "config.json").read_text()), folder):
             on_event(event)
 
-    with patch.object(reward_stage, "run_workers", in_this_process):
+    with patch.object(task, "run_workers", in_this_process):
         return reward_stage.prepare_reward_model(config, lambda _: None, "a-run")

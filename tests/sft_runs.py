@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from alignment import sft_stage, sft_worker
+from alignment import sft_stage, sft_worker, task
 from alignment.config import Config, parse_config
 from alignment.lifeline import Stop
 from alignment.run_folder import RunFolder
@@ -39,6 +39,6 @@ def trained(config: Config, run_id: str = "a-run") -> tuple[Path, dict[str, Any]
         for event in work(Path(arguments[1])):
             on_event(event)
 
-    with patch.object(sft_stage, "run_workers", in_this_process):
+    with patch.object(task, "run_workers", in_this_process):
         sft_stage.train(config, RunFolder(folder), lambda _: None)
     return folder, sft_stage.finish(config, RunFolder(folder), summaries, time.time())

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import pty
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -159,3 +160,22 @@ def test_at_a_terminal_it_asks_and_ends_with_ctrl_d(tmp_path: Path) -> None:
                 os.write(owner, keys.pop())
     assert process.wait(60) == 0
     assert b"> " in seen and b"aligned: " in seen and b"base: " not in seen
+
+
+def test_a_reader_that_has_seen_enough_ends_it_without_a_word(tmp_path: Path) -> None:
+    seal(tmp_path / "7", 2)
+    arguments = ["7", "--root", str(tmp_path), "--max-new-tokens", "3", "--base", "none"]
+    process = subprocess.Popen(
+        command(*arguments), cwd=SOURCE_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+    process.stdin.write(b"one\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == b"> one\n"
+    process.stdout.close()  # as `head -1` does
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(b"more\n" * 1000)
+        process.stdin.close()
+    said = process.stderr.read()
+    assert process.wait(60) == -signal.SIGPIPE
+    assert b"Traceback" not in said and b"BrokenPipe" not in said

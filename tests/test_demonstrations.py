@@ -68,6 +68,12 @@ def test_the_chosen_side_of_a_pair(tmp_path):
     assert learned == (False, True, False, True)
 
 
+def test_a_row_of_ultrafeedback_repeats_the_chosen_side(tmp_path):
+    sides = {name: chat((USER, "a"), (ASSISTANT, name))["messages"] for name in ("chosen", "rejected")}
+    said, _ = read_one(tmp_path, {"prompt": "a", **sides, "messages": sides["chosen"], "score_chosen": 8.5})
+    assert said == [(USER, "a"), (ASSISTANT, "chosen")]
+
+
 BAD = {
     "{": ("malformed", "not a JSON object in UTF-8"),
     "[1]": ("malformed", "expected a JSON object, found list"),

@@ -408,6 +408,25 @@ def test_lineage_finds_what_was_changed(undisturbed, capsys, what):
     assert any(line.startswith("WRONG") and Path(what).name in line for line in capsys.readouterr().out.splitlines())
 
 
+def test_lineage_knows_the_mix_in_of_the_run_that_this_one_goes_on_from(bench, tmp_path):
+    """Until its first checkpoint a run's newest one is the other run's, and so are the demonstrations that it names."""
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"input": "a", "output": " b"}\n' * 4)
+    mixed = ("training.num_sft_examples=2", "loop.save_interval=1")
+    iterate(*bench.begin("mixed", "training.sft_mix=toy:demonstrations", "loop.max_steps=1", *mixed))
+    more = ("resume.from=mixed", "loop.max_steps=2", *mixed)
+    config, other_mix = bench.begin("other-mix", f"training.sft_mix={few}", *more)
+    _, no_mix = bench.begin("no-mix", *more)
+    for run in (other_mix, no_mix):
+        assert all(right for right, _ in check(run)), list(check(run))
+    iterate(config, other_mix)
+    assert all(right for right, _ in check(other_mix)), list(check(other_mix))
+    for run in (other_mix, no_mix):  # the one its own, the other as it was taken over
+        path = run.prompts / "mix_in.jsonl"
+        path.write_text(path.read_text() + " ")
+        assert [what for right, what in check(run) if not right] == ["prompts/mix_in.jsonl"]
+
+
 @pytest.mark.parametrize("what", ["metrics", "config", "forged checkpoint"])
 def test_lineage_finds_what_was_forged(undisturbed, capsys, what):
     """Changes that leave every file well-formed, and a checkpoint's own sums in order."""

@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from alignment.config import load_config
-from benchmarks.method import ROOT, Row, _arm, _arms, best_of, compared, table
+from alignment.statistics import mean_difference, win_rate
+from benchmarks.method import ROOT, _arm, _arms, _is_there
+from benchmarks.method_table import Row, best_of, compared, pooled, table
 from benchmarks.peers.trl_online import ROWS, settings
 from benchmarks.plot import line_chart
 from reward_fixtures import export_tiny
@@ -19,6 +22,7 @@ from reward_fixtures import export_tiny
 SMOKE = ROOT / "configs" / "smoke.yaml"
 # Two prompts; the opponent first, then a pool of four. The reward's best of two are 0.4 and 0.9, of four 0.8 and 0.9.
 BASE = {
+    "prompts": ["a", "b"],
     "reward": [[0.5, 0.1, 0.4, 0.8, 0.2], [0.6, 0.9, 0.7, 0.1, 0.2]],
     "judge": [[1.0, 5.0, 2.0, 0.5, 9.0], [1.0, 1.0, 7.0, 9.0, 9.0]],
 }
@@ -34,8 +38,8 @@ def test_best_of_n_picks_by_reward_from_a_pool_without_the_opponent() -> None:
 
 
 def test_an_arm_is_compared_with_the_first_response_of_the_base_over_all_seeds() -> None:
-    point = {"step": 3, "reward": [[0.7], [0.5]], "judge": [[2.0], [1.0]], "kl": [1.0, 2.0]}
-    other = {"step": 3, "reward": [[0.9], [0.9]], "judge": [[0.0], [0.0]], "kl": [3.0, 4.0]}
+    point = {"step": 3, "prompts": ["a", "b"], "reward": [[0.7], [0.5]], "judge": [[2.0], [1.0]], "kl": [1.0, 2.0]}
+    other = {"step": 3, "prompts": ["a", "b"], "reward": [[0.9], [0.9]], "judge": [[0.0], [0.0]], "kl": [3.0, 4.0]}
     row = compared("ours", [point, other], [BASE, BASE], load_config(SMOKE))
     assert row.kl.value == 2.5
     assert row.reward_gain.value == pytest.approx((0.2 - 0.1 + 0.4 + 0.3) / 4)
@@ -44,9 +48,40 @@ def test_an_arm_is_compared_with_the_first_response_of_the_base_over_all_seeds()
     assert row.responses == 3 * 4 * 4  # steps, prompts, responses each
 
 
+def test_a_prompt_of_two_seeds_counts_once_with_the_mean_of_its_values() -> None:
+    """Seed 1 evaluates on b and c: b's value is the mean of two, and three prompts are resampled, not four."""
+    other = {**BASE, "prompts": ["b", "c"]}
+    point = {"step": 3, "prompts": ["a", "b"], "reward": [[0.7], [0.5]], "judge": [[2.0], [1.0]], "kl": [1.0, 2.0]}
+    later = {"step": 3, "prompts": ["b", "c"], "reward": [[0.9], [0.9]], "judge": [[0.0], [0.0]], "kl": [4.0, 5.0]}
+    row = compared("ours", [point, later], [BASE, other], load_config(SMOKE))
+    assert row.kl == mean_difference([1.0, (2.0 + 4.0) / 2, 5.0], [0.0] * 3)
+    assert row.reward_gain.value == pytest.approx((0.2 + (-0.1 + 0.4) / 2 + 0.3) / 3)
+    assert row.judge_win_rate == mean_difference([1.0, (0.5 + 0.0) / 2, 0.0], [0.0] * 3)
+    two = best_of(2, [BASE, other])
+    assert two.win_rate == mean_difference([0.0, (1.0 + 0.0) / 2, 1.0], [0.0] * 3)  # as above, for a and b, b and c
+    assert two.judge_win_rate == mean_difference([1.0, (0.5 + 1.0) / 2, 0.5], [0.0] * 3)
+    # The same prompts under another seed are no new prompts: the interval is that of the means.
+    assert pooled([["a", "b"]] * 2, [[0.0, 1.0], [1.0, 0.0]]) == ((0.5), (0.5, 0.5))
+
+
+def test_one_seed_is_compared_by_the_statistics_of_a_run() -> None:
+    rng = np.random.default_rng(1)
+    ids = [f"p{i}" for i in range(40)]
+    base = {"prompts": ids, **{key: rng.normal(size=(40, 5)).tolist() for key in ("reward", "judge")}}
+    point = {"step": 1, "prompts": ids, **{key: rng.normal(size=(40, 1)).tolist() for key in ("reward", "judge")}}
+    point["kl"] = rng.random(40).tolist()
+    row = compared("ours", [point], [base], load_config(SMOKE))
+    ours, theirs = ({key: [g[0] for g in side[key]] for key in ("reward", "judge")} for side in (point, base))
+    assert row.kl == mean_difference(point["kl"], [0.0] * 40)
+    assert row.reward_gain == mean_difference(ours["reward"], theirs["reward"])
+    assert row.win_rate == win_rate(ours["reward"], theirs["reward"])
+    assert row.judge_gain == mean_difference(ours["judge"], theirs["judge"])
+    assert row.judge_win_rate == win_rate(ours["judge"], theirs["judge"])
+
+
 def test_the_table_says_where_the_kl_is_a_bound() -> None:
     rows: list[Row] = [best_of(2, [BASE])]
-    point = {"step": 3, "reward": [[0.7], [0.5]], "judge": [[2.0], [1.0]], "kl": [1.0, 1.0]}
+    point = {"step": 3, "prompts": ["a", "b"], "reward": [[0.7], [0.5]], "judge": [[2.0], [1.0]], "kl": [1.0, 1.0]}
     rows.append(compared("ours", [point], [BASE], load_config(SMOKE)))
     *_, bound, measured = table(rows).splitlines()
     assert bound.startswith("| best of 2 | ≤ 0.19 | 0.750 (")
@@ -85,6 +120,15 @@ def test_an_arm_does_not_write_over_another(names: list[str]) -> None:
     arms = [f"{name}: rejection_sampling" for name in names]
     with pytest.raises(SystemExit, match=f"'{names[-1]}' names two arms"):
         _arms(argparse.Namespace(config=str(SMOKE), overrides=[], arm=arms, seeds=[0]))
+
+
+def test_measurements_without_the_ids_of_their_prompts_are_made_again(tmp_path: Path) -> None:
+    file, what = tmp_path / "ours-seed-0.json", {"method": "rejection_sampling", "config": {"seed": 0}}
+    assert not _is_there(file, what)
+    for point, is_there in (({"kl": [1.0]}, False), ({"kl": [1.0], "prompts": ["a"]}, True)):
+        file.write_text(json.dumps({**what, "points": [point]}))
+        assert _is_there(file, what) == is_there
+    assert not _is_there(file, {**what, "config": {"seed": 1}})
 
 
 @pytest.mark.parametrize(("prompts", "responses"), [(32, 8), (12, 8), (1, 2), (25, 3), (67, 2)])

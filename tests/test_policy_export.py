@@ -211,6 +211,15 @@ def test_all_kinds_of_models_of_a_repository_are_watched(place: Any) -> None:
     assert "chats (version 1), policy (version 1), reward_model (version 1)" in served
 
 
+@pytest.mark.parametrize("name", ["policy", "reward_model"])
+def test_no_queue_policy_lets_a_free_model_idle(name: str) -> None:
+    """With one Triton's batcher at times misses that the model is free (docs/architecture.md)."""
+    text = (SOURCE_ROOT / "triton_repo" / name / "config.pbtxt").read_text()
+    settings = [line for line in text.splitlines() if not line.startswith("#")]
+    assert any(line.startswith("dynamic_batching {") for line in settings)
+    assert not any("queue_policy" in line for line in settings)
+
+
 @pytest.fixture(scope="module")
 def served_code() -> ModuleType:
     return triton_module(MODEL)
@@ -255,7 +264,10 @@ def test_what_cannot_be_exported_is_told(tmp_path: Path, capsys: pytest.CaptureF
     export_tiny(tmp_path / "r", name="taken")
     with pytest.raises(ConfigError, match=r"--name \(taken\): .* holds another kind of model"):
         export(tiny(tmp_path / "cache"), tmp_path / "r", name="taken")
-    with pytest.raises(ConfigError, match=r"--max-new-tokens \(256\) must be < the policy's context of 256 tokens"):
-        export(tiny(tmp_path / "cache"), tmp_path / "r", max_new_tokens=256)
+    for length in (-1, 0, 256):
+        said = rf"--max-new-tokens \({length}\) must be at least 1 and < the policy's context of 256 tokens: give the"
+        with pytest.raises(ConfigError, match=said):
+            export(tiny(tmp_path / "cache"), tmp_path / "r", max_new_tokens=length)
+    assert not (tmp_path / "r" / "policy").exists()  # so that Triton finds no half a model
     with pytest.raises(SystemExit):
         main(["tiny", *where, "--name", "../elsewhere"])

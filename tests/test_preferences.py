@@ -89,6 +89,28 @@ def test_messages_and_explicit_prompts(tmp_path: Path) -> None:
     assert left_out == {"malformed": 2}
 
 
+def test_rows_of_ultrafeedback_are_read_whatever_stands_beside_the_sides(tmp_path: Path) -> None:
+    both = {"chosen": [A, say("good")], "rejected": [A, say("bad")]}
+    scores = {"prompt_id": "ab12", "score_chosen": 8.5, "score_rejected": 7}
+    system = {"role": "system", "content": "s"}
+    later = [{"role": "user", "content": "first"}, say("yes"), A]
+    pairs, left_out = read(
+        tmp_path,
+        {"prompt": "a", **both, "messages": both["chosen"], **scores},
+        {"prompt": " a\n", **both, **scores},
+        {"prompt": "a", "chosen": [system, A, say("good")], "rejected": [system, A, say("bad")]},
+        {"prompt": "a", "chosen": [*later, say("good")], "rejected": [*later, say("bad")]},
+        {"prompt": [system], "chosen": [A, say("good")], "rejected": [A, say("bad")]},
+    )
+    assert pairs == [
+        *[PreferencePair((A,), "good", "bad", 1.5)] * 2,
+        PreferencePair((system, A), "good", "bad"),
+        PreferencePair(tuple(later), "good", "bad"),
+        PreferencePair((system, A), "good", "bad"),
+    ]
+    assert left_out == {}
+
+
 def test_alternating_text_lines_are_chosen_then_rejected(tmp_path: Path) -> None:
     lines = [{"text": t} for t in ("good 1", "bad 1", "\n\nHuman: a\n\nAssistant: g", "\n\nHuman: a\n\nAssistant: b")]
     pairs, left_out = read(tmp_path, *lines)
@@ -138,8 +160,8 @@ def test_a_margin_is_given_or_the_difference_of_scores(
         ({"margin": math.inf}, '"margin" must be a finite number, found float'),
         ({"margin": 10**400}, '"margin" must be a finite number, found int'),
         ({"margin": -0.5}, '"margin" must be >= 0, found -0.5: swap the sides, or leave the pair out'),
-        ({"score_chosen": 1}, '"score_rejected" must be a finite number, found NoneType'),
-        ({"score_rejected": 1}, '"score_chosen" must be a finite number, found NoneType'),
+        ({"score_chosen": 1}, '"score_chosen" stands without "score_rejected": give both, or neither'),
+        ({"score_rejected": 1}, '"score_rejected" stands without "score_chosen": give both, or neither'),
         ({"score_chosen": "8", "score_rejected": 1}, '"score_chosen" must be a finite number, found str'),
         ({"score_chosen": 1, "score_rejected": math.nan}, '"score_rejected" must be a finite number, found float'),
         ({"score_chosen": 1, "score_rejected": 3}, '"score_chosen" - "score_rejected" must be >= 0, found -2.0'),

@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sft_runs
+from alignment import reward_stage, sft_stage, task
 from alignment.config import load_config, parse_config
-from alignment.errors import CheckpointError
+from alignment.errors import CheckpointError, StoppedError
 from alignment.fitting import read_weights
+from alignment.run_folder import RunFolder
 from alignment.sft_stage import main, summary
 from alignment.sft_worker import trainable_policy
 from flow_runs import ROOT, SMOKE, Place, wait_for
@@ -27,7 +29,12 @@ from tiny import random_rows
 
 
 def config(tmp_path, *overrides):
-    return load_config(SMOKE, [f"run.root={tmp_path}", "sft.val_check_interval=2", *overrides])
+    own = [override.replace("SUMS", str(tmp_path / "sums.jsonl")) for override in overrides]
+    return load_config(SMOKE, [f"run.root={tmp_path}", "sft.val_check_interval=2", *own])
+
+
+def sums():
+    return [json.dumps({"input": f"{i}+1=", "output": f"{i + 1}"}) + "\n" for i in range(40)]
 
 
 def last_weights(folder):
@@ -38,7 +45,7 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-MIXED = 'sft.train={"toy:demonstrations": 1, "toy:held_out_demonstrations": 2}'
+MIXED = 'sft.train={"toy:demonstrations": 1, "SUMS": 2}'
 VARIANTS = [
     (),
     ("sft.packing=rows", "sft.lora_rank=2", "sft.zero_stage=2", MIXED, "sft.validation=null"),
@@ -47,6 +54,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize("overrides", VARIANTS)
 def test_a_training_that_was_stopped_goes_on_as_if_nothing_had_been(tmp_path, overrides):
+    (tmp_path / "sums.jsonl").write_text("".join(sums()))
     settings = config(tmp_path, "sft.max_steps=7", *overrides)
     undisturbed, stopped = (sft_runs.begun(settings, name)[0] for name in ("undisturbed", "stopped"))
     expected = sft_runs.work(undisturbed)
@@ -75,6 +83,25 @@ def test_a_worker_that_was_killed_goes_on_from_its_last_checkpoint(tmp_path):
     assert [r["step"] for r in records if r["kind"] == "step"] == list(range(1, 8))
     assert [r["step"] for r in records if r["kind"] == "validation"] == [0, 2, 4, 6, 7]
     assert same(last_weights(undisturbed), last_weights(killed))
+
+
+@pytest.mark.parametrize("stage", [sft_stage, reward_stage])
+def test_a_training_that_stops_says_where_and_why(tmp_path, monkeypatch, stage):
+    started, lines = [], []
+    (tmp_path / "run").mkdir()
+
+    def stand_in(module, arguments, *, num_workers, on_event, grace_s, check):
+        started.append((module, arguments, num_workers, grace_s))
+        on_event({"kind": "note", "text": "a word"})
+        on_event({"kind": "stopped", "step": 3, "reason": "SIGTERM"})
+
+    monkeypatch.setattr(task, "run_workers", stand_in)
+    monkeypatch.setenv(task.COMMAND_STARTED, "1000")
+    overrides = ("resources.cpu_workers=2", "loop.stop_grace_s=7", "loop.max_time_per_run=00:00:01:00")
+    with pytest.raises(StoppedError, match=r"stopped after step 3: SIGTERM\. .*resume`,? goes on from"):
+        stage.train(config(tmp_path, *overrides), RunFolder(tmp_path / "run"), lines.append)
+    assert started == [(stage.WORKER, ["--folder", str(tmp_path / "run"), "--ends-at", "1060.0"], 2, 7.0)]
+    assert len(lines) == 1 and lines[0].endswith(": a word")
 
 
 def test_packed_and_padded_trainings_learn_the_same(tmp_path):
@@ -167,7 +194,7 @@ def test_a_model_that_leaks_between_packed_sequences_is_refused_before_it_learns
 
 def test_the_flow_from_demonstrations_to_a_policy_that_can_be_aligned(tmp_path):
     place = Place(tmp_path)
-    lines = [json.dumps({"input": f"{i}+1=", "output": f"{i + 1}"}) + "\n" for i in range(40)]
+    lines = sums()
     (tmp_path / "sums.jsonl").write_text("".join([*lines[:20], "{torn\n", *lines[20:]]))
     mixture = json.dumps({"sums.jsonl": 1, "toy:demonstrations": 3})
     done = place.execute(place.command("sft_flow", "run", sft__train=mixture, sft__max_steps=10, sft__packing="rows"))

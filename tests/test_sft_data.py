@@ -73,6 +73,40 @@ def test_a_prompt_that_is_trained_on_does_not_validate(prepared, tmp_path):
     assert summaries[1]["examples"] == 1
 
 
+def test_a_prompt_that_judges_the_result_is_not_trained_on(prepared, tmp_path):
+    held_out = write(tmp_path / "held_out.jsonl", [{"text": "0+1="}, {"text": "1+1="}])
+    test = write(tmp_path / "test.jsonl", [{"text": "2+1="}, {"chosen": "torn", "rejected": "torn too"}])
+    train, validation = write(tmp_path / "a.jsonl", sums(5)), write(tmp_path / "b.jsonl", [*sums(3), *sums(2, first=9)])
+    own = (f"prompts.held_out={held_out}", f"evaluation.prompts={test}", "sft.num_train=4")
+    summaries, data, excluded = prepared(f"sft.train={train}", f"sft.validation={validation}", *own)
+    assert summaries[0]["left_out"] == {"held_out_prompt": 3} and len(data.train[0]) == 1
+    assert [(item["place"], item["fault"]) for item in excluded[:3]] == [
+        (f"{train}:{line}", "held_out_prompt") for line in (1, 2, 3)
+    ]
+    assert [item["details"].split(" is one of ")[1] for item in excluded[1:3]] == [
+        "prompts.held_out, which measures the policy", "evaluation.prompts, which measures the policy"
+    ]  # fmt: skip
+    # Read before it is known what remains of the training's: its prompts count as trained on.
+    assert summaries[1]["left_out"] == {"prompt_trained_on": 3} and len(data.validation) == 2
+    other = write(tmp_path / "c.jsonl", sums(3, first=20))
+    summaries, data, excluded = prepared(f"sft.train={other}", f"sft.validation={validation}", *own)
+    assert summaries[1]["left_out"] == {"held_out_prompt": 1} and len(data.validation) == 4
+    with pytest.raises(
+        DataError, match=r"no example is left that can be trained on \(2 held_out_prompt; the last: .*:2"
+    ):
+        prepared(f"sft.train={write(tmp_path / 'd.jsonl', sums(2))}", *own)
+
+
+def test_of_a_conversation_each_answer_that_counts_has_its_prompt(prepared, tmp_path):
+    turns = [{"role": r, "content": c} for r, c in zip(("user", "assistant") * 2, "abcd", strict=True)]
+    train = write(tmp_path / "chat.jsonl", [{"messages": turns}, {"messages": turns[:2]}])
+    held_out = write(tmp_path / "held_out.jsonl", [{"messages": turns[:1]}])
+    own = (f"sft.train={train}", f"prompts.held_out={held_out}", "sft.validation=null", "policy.prompt_format=chat")
+    assert prepared(*own, "sft.turns=last")[0][0]["left_out"] == {"held_out_prompt": 1}
+    with pytest.raises(DataError, match="2 held_out_prompt"):
+        prepared(*own)
+
+
 def test_a_share_is_set_aside_by_prompt(prepared, tmp_path):
     records = [{"input": f"{i % 20}?", "output": str(i)} for i in range(100)]
     path = write(tmp_path / "a.jsonl", records)
