@@ -114,6 +114,11 @@ class Config(Section):
                 f"selection.top_k ({sel.top_k}) is read by the *_overall strategies only: "
                 f"unset it, or use selection.top_n_rollouts with {sel.strategy}"
             )
+        if roll.min_new_tokens > roll.max_new_tokens:
+            raise ValueError(
+                f"rollouts.min_new_tokens ({roll.min_new_tokens}) must be <= rollouts.max_new_tokens "
+                f"({roll.max_new_tokens}): lower the first or raise the second"
+            )
         if roll.batch_rows < roll.num_rollouts_per_prompt:
             raise ValueError(
                 f"rollouts.batch_rows ({roll.batch_rows}) must be >= rollouts.num_rollouts_per_prompt "

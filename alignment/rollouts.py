@@ -15,8 +15,8 @@ from alignment.types import Prompt, Rollout
 AnyRollout = TypeVar("AnyRollout", bound=Rollout)
 
 if TYPE_CHECKING:
-    from models.decoding import Sampling
     from models.policy import Policy
+    from models.sampling import Sampling
 
 
 def uniforms(stream: str, count: int) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
@@ -44,6 +44,7 @@ def generate(
     import torch
 
     from models.decoding import batches, sample
+    from models.sampling import before_stop
 
     texts = [policy.reader.text(prompt) for prompt in prompts]
     encoded = [policy.reader.encode(text) for text in texts]
@@ -58,18 +59,24 @@ def generate(
             ]
         )
         drawn = sample(
-            policy.model, [encoded[i] for i in chosen], torch.from_numpy(numbers), sampling, eos_ids=policy.eos_ids
+            policy.model,
+            [encoded[i] for i in chosen],
+            torch.from_numpy(numbers),
+            sampling,
+            eos_ids=policy.eos_ids,
+            decode=policy.reader.decode,
         )
         yield [
             Rollout(
                 prompt_id=prompts[i].prompt_id,
                 rollout_index=k,
-                response=policy.reader.decode(encoded[i], one.token_ids),
+                response=before_stop(policy.reader.decode(encoded[i], one.token_ids), sampling.stop),
                 finish_reason=one.finish_reason,
                 prompt=texts[i],
                 messages=prompts[i].messages,
                 prompt_ids=tuple(encoded[i]),
                 response_ids=one.token_ids,
+                log_probs=one.log_probs,
             )
             for i, samples in zip(chosen, drawn, strict=True)
             for k, one in enumerate(samples)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from alignment.config import Config
@@ -19,8 +19,8 @@ from alignment.selection import select
 from alignment.trainer import Trainer, train_step
 from alignment.triton_metrics import ServerWatch
 from alignment.types import Decision, Prompt, Rollout, ScoredRollout, with_reward
-from models.decoding import Sampling
 from models.judge import Judge
+from models.sampling import Sampling
 
 Emit = Callable[[Mapping[str, Any]], None]
 
@@ -100,8 +100,7 @@ def decide(config: Config, scored: Sequence[ScoredRollout]) -> list[Decision]:
 
 def training_sampling(config: Config) -> Sampling:
     """How training and validation rollouts are drawn."""
-    rollouts = config.rollouts
-    return Sampling(rollouts.max_new_tokens, rollouts.temperature, rollouts.top_k, rollouts.top_p)
+    return Sampling(**{field.name: getattr(config.rollouts, field.name) for field in fields(Sampling)})
 
 
 def _agreed(session: Session, work: Callable[[], T]) -> T:

@@ -1,41 +1,20 @@
-"""Sampling from a causal LM: each prompt is prefilled once, its cache expanded to n rows and written in place.
+"""Responses from a causal LM: each prompt is prefilled once, its cache expanded to n rows and written in place.
 
-A token is drawn by inverting the cumulative distribution at a uniform number that the caller supplies, so
-a sample is a function of its logits and its own numbers: neither the batch around it nor the number of
-ranks has a say in its randomness.
-
-Left out on purpose: beam search and penalties, which rejection sampling has no use for.
+How a token is drawn stands in `models.sampling`.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from alignment.errors import TrainingError
-from alignment.types import FinishReason
 from models.batching import TokenIds, left_pad, position_ids
+from models.sampling import Sample, Sampling, adjusted, before_stop, draw, log_probs
 
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How tokens are drawn. `top_k` 0 and `top_p` 1 leave the distribution whole."""
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One response: its token ids, the ending token included, and why it ended."""
-
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
+Decode = Callable[[TokenIds, TokenIds], str]
+"""The text of a response: from the tokens of its prompt and its own."""
 
 
 class InPlaceLayer(DynamicLayer):
@@ -88,29 +67,53 @@ def batches(prompts: Sequence[TokenIds], samples_per_prompt: int, batch_rows: in
 
 @torch.inference_mode()
 def sample(
-    model: PreTrainedModel, prompts: Sequence[TokenIds], uniforms: Tensor, sampling: Sampling, *, eos_ids: Sequence[int]
+    model: PreTrainedModel,
+    prompts: Sequence[TokenIds],
+    uniforms: Tensor,
+    sampling: Sampling,
+    *,
+    eos_ids: Sequence[int],
+    decode: Decode | None = None,
 ) -> list[list[Sample]]:
     """n responses to each of P prompts, decoded as one batch of P × n rows.
 
-    Shape: uniforms (P, n, max_new_tokens) in [0, 1); returns P lists of n samples.
+    Shape: uniforms (P, n, max_new_tokens) in [0, 1); returns P lists of n samples. Stop strings need `decode`.
     """
+    if sampling.stop and decode is None:
+        raise ValueError("stop strings are looked for in a text: give `decode`")
     device = next(model.parameters()).device
     num_prompts, n, _ = uniforms.shape
     numbers = uniforms.flatten(0, 1).to(device)
     prompt_ids, mask = left_pad(prompts, pad_id=eos_ids[0], device=device)
+    width = prompt_ids.shape[1]
     logits, cache = _prefill(model, prompt_ids, mask, n=n, room=sampling.max_new_tokens)
     eos = torch.tensor(list(eos_ids), device=device)
 
     rows = torch.arange(num_prompts * n, device=device)  # which sample each live row of the batch is
     done = torch.zeros(len(rows), dtype=torch.bool, device=device)
     mask = torch.cat([mask.repeat_interleave(n, 0), mask.new_ones(len(rows), sampling.max_new_tokens)], dim=1)
-    positions = mask[:, : prompt_ids.shape[1]].sum(-1, keepdim=True)
-    tokens = torch.full((len(rows), sampling.max_new_tokens), int(eos[0]), device=device)
+    positions = mask[:, :width].sum(-1, keepdim=True)
+    # What a row has seen; the rest is filled with its prompt's last token, which it has.
+    seen = prompt_ids[:, -1:].repeat_interleave(n, 0).repeat(1, width + sampling.max_new_tokens)
+    seen[:, :width] = torch.where(mask[:, :width] == 1, prompt_ids.repeat_interleave(n, 0), seen[:, :width])
+    found: list[tuple[list[int], list[float]]] = [([], []) for _ in rows]
     for t in range(sampling.max_new_tokens):
-        drawn = draw(logits, numbers[rows, t], sampling)
+        wanted = adjusted(logits, sampling, seen=seen[rows], lengths=torch.full_like(rows, t), ending=eos)
+        drawn = draw(wanted, numbers[rows, t], sampling)
         live = ~done[rows]
-        tokens[rows[live], t] = drawn[live]
+        logged = log_probs(logits, drawn)
+        for row, token, value, is_live in zip(
+            rows.tolist(), drawn.tolist(), logged.tolist(), live.tolist(), strict=True
+        ):
+            if is_live:
+                found[row][0].append(token)
+                found[row][1].append(value)
+        seen[rows, width + t] = drawn
         done[rows] |= torch.isin(drawn, eos)
+        if decode is not None and sampling.stop:
+            for row in rows[~done[rows]].tolist():
+                text = decode(prompts[row // n], found[row][0])
+                done[row] = before_stop(text, sampling.stop) != text
         if bool(done.all()) or t + 1 == sampling.max_new_tokens:
             break
         alive = ~done[rows]
@@ -120,13 +123,16 @@ def sample(
             rows, mask, positions, drawn = rows[keep], mask[keep], positions[keep], drawn[keep]
         output = model(
             input_ids=drawn[:, None],
-            attention_mask=mask[:, : prompt_ids.shape[1] + t + 1],
+            attention_mask=mask[:, : width + t + 1],
             position_ids=positions + t,
             past_key_values=cache,
             use_cache=True,
         )
         logits = output.logits[:, -1]
-    samples = [_finish(row, set(eos_ids)) for row in tokens.tolist()]
+    samples = [
+        Sample(tuple(tokens), "stop" if bool(ended) else "length", tuple(logged))
+        for (tokens, logged), ended in zip(found, done.tolist(), strict=True)
+    ]
     return [samples[i * n : (i + 1) * n] for i in range(num_prompts)]
 
 
@@ -136,13 +142,19 @@ def stream(
 ) -> Iterator[int]:
     """The tokens of one response as they are drawn, the ending one included: those of `sample` for the same numbers.
 
+    Stop strings are the caller's, who has the text.
+
     Shape: uniforms (max_new_tokens,) in [0, 1).
     """
     device = next(model.parameters()).device
     prompt_ids, mask = left_pad([prompt], pad_id=eos_ids[0], device=device)
     logits, cache = _prefill(model, prompt_ids, mask, n=1, room=sampling.max_new_tokens)
+    seen, eos = torch.tensor([list(prompt)], device=device), torch.tensor(list(eos_ids), device=device)
     for t in range(sampling.max_new_tokens):
-        drawn = draw(logits, uniforms[None, t].to(device), sampling)
+        lengths = torch.tensor([t], device=device)
+        wanted = adjusted(logits, sampling, seen=seen, lengths=lengths, ending=eos)
+        drawn = draw(wanted, uniforms[None, t].to(device), sampling)
+        seen = torch.cat([seen, drawn[:, None]], dim=1)
         yield int(drawn)
         if int(drawn) in eos_ids or t + 1 == sampling.max_new_tokens:
             return
@@ -164,39 +176,3 @@ def _prefill(model: PreTrainedModel, prompt_ids: Tensor, mask: Tensor, *, n: int
     # Sliding-window and other special layers keep their own kind of cache.
     cache.layers = [InPlaceLayer(layer, room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return output.logits[:, -1].repeat_interleave(n, 0), cache
-
-
-def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
-    """One token a row by inverse CDF. Shape: logits (B, V), uniforms (B,) in [0, 1); returns (B,).
-
-    Precise to float32: a token of probability below 6e-8 may never be drawn. Raises TrainingError for NaN.
-    """
-    probabilities = torch.softmax(logits.float() / sampling.temperature, dim=-1)
-    probabilities = _restrict(probabilities, sampling.top_k, sampling.top_p)
-    cumulative = probabilities.cumsum(-1)
-    total = cumulative[:, -1]
-    if not bool(torch.isfinite(total).all()):
-        raise TrainingError("the policy's probabilities are not finite: training diverged. Lower training.lr")
-    # Strictly below the total, so that rounding never lands past the last token that may be drawn.
-    target = torch.minimum(uniforms.to(total.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
-
-
-def _restrict(probabilities: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Zero outside the k most probable tokens and outside the smallest set of mass top_p. Not renormalised."""
-    if top_k and top_k < probabilities.shape[-1]:
-        kept, ids = probabilities.topk(top_k, dim=-1)
-        probabilities = torch.zeros_like(probabilities).scatter(-1, ids, kept)
-    if top_p < 1:
-        ranked, ids = probabilities.sort(dim=-1, descending=True, stable=True)
-        before = ranked.cumsum(-1) - ranked
-        ranked = ranked.masked_fill(before >= top_p * ranked.sum(-1, keepdim=True), 0)
-        probabilities = torch.zeros_like(probabilities).scatter(-1, ids, ranked)
-    return probabilities
-
-
-def _finish(tokens: list[int], eos_ids: set[int]) -> Sample:
-    for i, token in enumerate(tokens):
-        if token in eos_ids:
-            return Sample(tuple(tokens[: i + 1]), "stop")
-    return Sample(tuple(tokens), "length")

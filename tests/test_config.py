@@ -98,6 +98,10 @@ def test_each_bad_value_is_one_line_with_key_value_and_remedy() -> None:
             "rollouts.batch_rows (3) must be >= rollouts.num_rollouts_per_prompt (4): "
             "the responses of a prompt are decoded side by side",
         ),
+        (
+            ["rollouts.min_new_tokens=13"],
+            "rollouts.min_new_tokens (13) must be <= rollouts.max_new_tokens (12): lower the first or raise the second",
+        ),
         (["training.min_lr=0.1"], "training.min_lr (0.1) must be <= training.lr (0.001)"),
         (
             ["reward_ensemble.members={other: 1, third/2: 1}"],
@@ -130,7 +134,10 @@ def test_two_keys_that_do_not_go_together(overrides: list[str], expected: str) -
 
 
 def test_the_edges_of_those_checks_are_accepted() -> None:
-    load_config(SMOKE, ["selection.top_n_rollouts=4", "rollouts.batch_rows=4", "training.min_lr=1e-3"])
+    load_config(
+        SMOKE,
+        ["selection.top_n_rollouts=4", "rollouts.batch_rows=4", "rollouts.min_new_tokens=12", "training.min_lr=1e-3"],
+    )
     load_config(SMOKE, ["selection.strategy=random_k_overall", "selection.top_k=1", "selection.top_n_rollouts=9"])
 
 
@@ -239,9 +246,13 @@ EFFECTS = {
     "rollouts.num_rollout_samples": Effect(2, see.prompts_read, 2),
     "rollouts.num_rollouts_per_prompt": Effect(3, see.responses_per_prompt, 3),
     "rollouts.max_new_tokens": Effect(5, see.longest_response, 5),
-    "rollouts.temperature": Effect(1e-6, see.distinct_responses, 1),
+    "rollouts.min_new_tokens": Effect(99, see.shortest_response, 99, ("rollouts.max_new_tokens=99",)),
+    "rollouts.temperature": Effect(0, see.distinct_responses, 1),
     "rollouts.top_k": Effect(1, see.distinct_responses, 1),
     "rollouts.top_p": Effect(1e-6, see.distinct_responses, 1),
+    "rollouts.min_p": Effect(1, see.distinct_responses, 1),
+    "rollouts.repetition_penalty": Effect(2, see.column("response")),
+    "rollouts.stop": Effect(["e"], see.responses_with("e"), 0),
     "rollouts.references": Effect(
         "join", see.responses_at(4), {"a reference"}, ("prompts.train={root}/answered.jsonl",)
     ),
