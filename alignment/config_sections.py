@@ -102,8 +102,9 @@ class RolloutsSection(Section):
     """Texts that end a response. It is cut before them; its tokens hold them, as they hold an ending token."""
     references: Literal["ignore", "join"] = "ignore"
     """`join`: a prompt's reference answer, where it has one, is scored beside the samples and may be selected."""
-    batch_rows: int = Field(128, ge=1)
-    """Responses decoded side by side on one worker: bounds memory."""
+    batch_tokens: int = Field(16384, ge=1)
+    """Tokens whose keys and values one worker keeps while it generates, a prompt's once and max_new_tokens for each of
+    its responses: bounds memory, and how many are decoded side by side. docs/performance.md says what a token takes."""
 
 
 class SelectionSection(Section):

@@ -49,7 +49,7 @@ def sample_and_score(
     *,
     samples_per_prompt: int,
     max_new_tokens: int,
-    batch_rows: int,
+    batch_tokens: int,
     stream: str,
     on_progress: Progress,
 ) -> Samples:
@@ -60,7 +60,7 @@ def sample_and_score(
         prompts,
         samples_per_prompt=samples_per_prompt,
         sampling=Sampling(max_new_tokens),
-        batch_rows=max(batch_rows, samples_per_prompt),
+        batch_tokens=batch_tokens,
         stream=stream,
     ):
         rollouts.extend(batch)

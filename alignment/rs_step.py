@@ -135,9 +135,10 @@ def _scored_share(
         mine,
         samples_per_prompt=config.rollouts.num_rollouts_per_prompt,
         sampling=training_sampling(config),
-        batch_rows=config.rollouts.batch_rows,
+        batch_tokens=config.rollouts.batch_tokens,
         stream=f"{config.seed}/step-{step}",
         with_references=config.rollouts.references == "join",
+        on_note=lambda text: session.emit({"kind": "note", "text": text}),
     ):
         session.stop.check()
         pending.append(_score(session, batch, stored))
@@ -214,7 +215,7 @@ def _validation_share(session: Session) -> list[ScoredRollout]:
         session.trainer.share(session.prompts.validation),
         samples_per_prompt=1,
         sampling=training_sampling(config),
-        batch_rows=config.rollouts.batch_rows,
+        batch_tokens=config.rollouts.batch_tokens,
         stream=f"{config.seed}/validation",
     ):
         session.stop.check()

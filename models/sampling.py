@@ -6,7 +6,7 @@ it nor the number of ranks has a say in its randomness.
 Order and meaning of the restrictions are those of transformers' `generate`: repetition penalty, least length,
 temperature, top_k, top_p, min_p. Left out on purpose: beam search, which rejection sampling has no use for.
 
-Legend: B rows, V vocabulary, S tokens that a row has seen, E ending tokens.
+Legend: B rows, V vocabulary, E ending tokens.
 """
 
 from collections.abc import Sequence
@@ -53,18 +53,22 @@ class Sample:
     log_probs: tuple[float, ...]
 
 
-def adjusted(logits: Tensor, sampling: Sampling, *, seen: Tensor, lengths: Tensor, ending: Tensor) -> Tensor:
+def adjusted(
+    logits: Tensor, sampling: Sampling, *, seen: Sequence[Sequence[int]], lengths: Sequence[int], ending: Tensor
+) -> Tensor:
     """Logits after the repetition penalty and without the ending tokens of responses that are too short.
 
-    Shape: logits (B, V), seen (B, S) token ids of prompt and response, lengths (B,) tokens drawn so far, ending (E,).
-    Returns `logits` itself where there is nothing to do.
+    `seen` holds the tokens of each row's prompt and response, `lengths` how many were drawn. Shape: logits (B, V),
+    ending (E,). Returns `logits` itself where there is nothing to do.
     """
-    if sampling.repetition_penalty != 1:
-        scores = logits.gather(-1, seen)
-        penalty = sampling.repetition_penalty
-        logits = logits.scatter(-1, seen, torch.where(scores < 0, scores * penalty, scores / penalty))
-    early = lengths < sampling.min_new_tokens
-    if sampling.min_new_tokens and bool(early.any()):
+    penalty, device = sampling.repetition_penalty, logits.device
+    if penalty != 1:
+        width = max(map(len, seen))
+        ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in seen], device=device)
+        scores = logits.gather(-1, ids)
+        logits = logits.scatter(-1, ids, torch.where(scores < 0, scores * penalty, scores / penalty))
+    if min(lengths) < sampling.min_new_tokens:
+        early = torch.tensor(lengths, device=device) < sampling.min_new_tokens
         barred = torch.zeros_like(logits[:1]).index_fill_(-1, ending, -torch.inf)
         logits = torch.where(early[:, None], logits + barred, logits)
     return logits

@@ -35,7 +35,7 @@ def rollouts(policy: Policy, *prompts: Prompt, with_references: bool = True) -> 
             prompts,
             samples_per_prompt=2,
             sampling=Sampling(max_new_tokens=6),
-            batch_rows=4,
+            batch_tokens=100,
             stream="test",
             with_references=with_references,
         )
