@@ -114,10 +114,16 @@ class Config(Section):
                 f"selection.top_k ({sel.top_k}) is read by the *_overall strategies only: "
                 f"unset it, or use selection.top_n_rollouts with {sel.strategy}"
             )
-        if roll.batch_rows < roll.num_rollouts_per_prompt:
+        if roll.min_new_tokens > roll.max_new_tokens:
             raise ValueError(
-                f"rollouts.batch_rows ({roll.batch_rows}) must be >= rollouts.num_rollouts_per_prompt "
-                f"({roll.num_rollouts_per_prompt}): the responses of a prompt are decoded side by side"
+                f"rollouts.min_new_tokens ({roll.min_new_tokens}) must be <= rollouts.max_new_tokens "
+                f"({roll.max_new_tokens}): lower the first or raise the second"
+            )
+        longest = self.prompts.max_prompt_tokens + roll.max_new_tokens
+        if roll.batch_tokens < longest:
+            raise ValueError(
+                f"rollouts.batch_tokens ({roll.batch_tokens}) must be >= prompts.max_prompt_tokens + "
+                f"rollouts.max_new_tokens ({longest}): a prompt and a response of it must fit"
             )
         for name, section in (("training", train), ("reward_training", self.reward_training), ("sft", self.sft)):
             if section.min_lr > section.lr:

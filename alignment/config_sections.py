@@ -88,16 +88,25 @@ class RolloutsSection(Section):
     """Responses sampled per prompt."""
     max_new_tokens: int = Field(24, ge=1)
     """Longest response, in tokens, the ending token included."""
-    temperature: Number = Field(1.0, gt=0)
-    """Softmax temperature of training rollouts; evaluation always samples at 1."""
+    min_new_tokens: int = Field(0, ge=0)
+    """Tokens before which no ending token is drawn; a stop string ends a response of any length."""
+    temperature: Number = Field(1.0, ge=0)
+    """Softmax temperature of training rollouts, 0 for the likeliest token; evaluation always samples at 1."""
     top_k: int = Field(0, ge=0)
     """Sample among the k most probable tokens; 0 means all."""
     top_p: Number = Field(1.0, gt=0, le=1)
     """Sample among the smallest set of tokens with this probability; 1 means all."""
+    min_p: Number = Field(0.0, ge=0, le=1)
+    """Sample among the tokens with this share of the likeliest one's probability; 0 means all."""
+    repetition_penalty: Number = Field(1.0, gt=0)
+    """Divides the positive logits of tokens that prompt or response hold, multiplies the negative ones; 1 is none."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end a response. It is cut before them; its tokens hold them, as they hold an ending token."""
     references: Literal["ignore", "join"] = "ignore"
     """`join`: a prompt's reference answer, where it has one, is scored beside the samples and may be selected."""
-    batch_rows: int = Field(128, ge=1)
-    """Responses decoded side by side on one worker: bounds memory."""
+    batch_tokens: int = Field(16384, ge=1)
+    """Tokens whose keys and values one worker keeps while it generates, a prompt's once and max_new_tokens for each of
+    its responses: bounds memory, and how many are decoded side by side. docs/performance.md says what a token takes."""
 
 
 class SelectionSection(Section):

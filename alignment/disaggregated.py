@@ -185,7 +185,7 @@ def _generate(
         prompts,
         samples_per_prompt=samples_per_prompt,
         sampling=training_sampling(config),
-        batch_rows=config.rollouts.batch_rows,
+        batch_tokens=config.rollouts.batch_tokens,
         stream=stream,
         with_references=with_references,
     )

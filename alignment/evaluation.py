@@ -18,10 +18,10 @@ from alignment.response_quality import refusal_fraction, repetition, self_bleu, 
 from alignment.rollouts import generate, in_prompt_order
 from alignment.types import Prompt, ScoredRollout
 from models.batching import response_batch, response_logits
-from models.decoding import Sampling
 from models.judge import Judge, judge_text
 from models.losses import token_kl
 from models.policy import Policy
+from models.sampling import Sampling
 
 KL_ROWS = 16
 """Responses per forward pass of the KL: bounds the memory of the (rows, R, V) logits."""
@@ -49,7 +49,7 @@ def sample_and_score(
     *,
     samples_per_prompt: int,
     max_new_tokens: int,
-    batch_rows: int,
+    batch_tokens: int,
     stream: str,
     on_progress: Progress,
 ) -> Samples:
@@ -60,7 +60,7 @@ def sample_and_score(
         prompts,
         samples_per_prompt=samples_per_prompt,
         sampling=Sampling(max_new_tokens),
-        batch_rows=max(batch_rows, samples_per_prompt),
+        batch_tokens=batch_tokens,
         stream=stream,
     ):
         rollouts.extend(batch)

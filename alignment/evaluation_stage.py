@@ -148,7 +148,7 @@ def _measure(
                     judge,
                     samples_per_prompt=count,
                     max_new_tokens=config.rollouts.max_new_tokens,
-                    batch_rows=config.rollouts.batch_rows,
+                    batch_tokens=config.rollouts.batch_tokens,
                     stream=f"{config.seed}/evaluation/{who}",
                     on_progress=progress.phase(f"evaluating {who}"),
                 )

@@ -1,22 +1,24 @@
-"""Rollouts: n sampled responses to each prompt, batch by batch, so that scoring can overlap.
+"""Rollouts: n sampled responses to each prompt, some prompts at a time, so that scoring can overlap.
 
 Each sample draws from its own stream of uniform numbers, a function of (seed, purpose, prompt, index):
 the same whatever the batch, the rank or the order, and with no generator state to save.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from alignment.errors import ConfigError
 from alignment.types import Prompt, Rollout
 
 AnyRollout = TypeVar("AnyRollout", bound=Rollout)
 
 if TYPE_CHECKING:
-    from models.decoding import Sampling
     from models.policy import Policy
+    from models.sampling import Sample, Sampling
 
 
 def uniforms(stream: str, count: int) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
@@ -25,59 +27,103 @@ def uniforms(stream: str, count: int) -> "np.ndarray[tuple[int], np.dtype[np.flo
     return np.random.Generator(np.random.Philox(key=key)).random(count)
 
 
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 def generate(
     policy: "Policy",
     prompts: Sequence[Prompt],
     *,
     samples_per_prompt: int,
     sampling: "Sampling",
-    batch_rows: int,
+    batch_tokens: int,
     stream: str,
     with_references: bool = False,
+    on_note: Callable[[str], None] = _to_stderr,
 ) -> Iterator[list[Rollout]]:
-    """Rollouts of a batch of prompts at a time, prompts of similar length together.
+    """Rollouts of some prompts at a time, as they are done: all of a prompt's in one list, with indices from 0.
 
-    `stream` names the randomness, e.g. "<seed>/step-7". Every prompt yields `samples_per_prompt` rollouts
-    with indices from 0, in one batch; at most `batch_rows` responses are decoded side by side. `with_references`
-    a prompt's reference answer follows them, cut at `max_new_tokens` like a sample.
+    `stream` names the randomness, e.g. "<seed>/step-7". `batch_tokens` bounds the tokens that are kept at once, of
+    prompts and of the longest responses that may come; memory that does not hold them is told to `on_note`, and what
+    is not done begins anew with half of them. `with_references` a prompt's reference answer follows its rollouts, cut
+    at `max_new_tokens` like a sample. Raises ConfigError, TrainingError.
     """
-    import torch
-
-    from models.decoding import batches, sample
+    from models.sampling import before_stop
 
     texts = [policy.reader.text(prompt) for prompt in prompts]
     encoded = [policy.reader.encode(text) for text in texts]
-    for chosen in batches(encoded, samples_per_prompt, batch_rows):
-        numbers = np.stack(
-            [
-                [
-                    uniforms(f"{stream}/{prompts[i].prompt_id}/{k}", sampling.max_new_tokens)
-                    for k in range(samples_per_prompt)
-                ]
-                for i in chosen
-            ]
-        )
-        drawn = sample(
-            policy.model, [encoded[i] for i in chosen], torch.from_numpy(numbers), sampling, eos_ids=policy.eos_ids
-        )
+    streams = [[f"{stream}/{prompt.prompt_id}/{k}" for k in range(samples_per_prompt)] for prompt in prompts]
+    for found in _responses(policy, encoded, streams, sampling, batch_tokens, on_note):
         yield [
             Rollout(
                 prompt_id=prompts[i].prompt_id,
                 rollout_index=k,
-                response=policy.reader.decode(encoded[i], one.token_ids),
+                response=before_stop(policy.reader.decode(encoded[i], one.token_ids), sampling.stop),
                 finish_reason=one.finish_reason,
                 prompt=texts[i],
                 messages=prompts[i].messages,
                 prompt_ids=tuple(encoded[i]),
                 response_ids=one.token_ids,
+                log_probs=one.log_probs,
             )
-            for i, samples in zip(chosen, drawn, strict=True)
+            for i, samples in found.items()
             for k, one in enumerate(samples)
         ] + [
             _reference(policy, prompts[i], texts[i], encoded[i], samples_per_prompt, sampling.max_new_tokens)
-            for i in chosen
+            for i in found
             if with_references and prompts[i].reference is not None
         ]
+
+
+def _responses(
+    policy: "Policy",
+    prompts: Sequence[Sequence[int]],
+    streams: Sequence[Sequence[str]],
+    sampling: "Sampling",
+    batch_tokens: int,
+    on_note: Callable[[str], None],
+) -> Iterator[dict[int, list["Sample"]]]:
+    """All samples of some prompts at a time, by the prompt's index; with ever fewer side by side as memory demands."""
+    import torch
+
+    from models.decoding import respond
+    from models.memory import is_out_of_memory, release_memory
+
+    numbers = torch.from_numpy(np.array([[uniforms(one, sampling.max_new_tokens) for one in row] for row in streams]))
+    left = list(range(len(prompts)))
+    while left:
+        needed = max(len(prompts[i]) for i in left) + sampling.max_new_tokens
+        done: set[int] = set()
+        try:
+            for found in respond(
+                policy.model,
+                [prompts[i] for i in left],
+                numbers[left],
+                sampling,
+                eos_ids=policy.eos_ids,
+                batch_tokens=batch_tokens,
+                decode=policy.reader.decode,
+            ):
+                done |= {left[i] for i in found}
+                yield {left[i]: samples for i, samples in found.items()}
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if batch_tokens <= needed:
+                raise ConfigError(
+                    f"one response takes more memory than there is, {needed} tokens with its prompt: lower "
+                    "rollouts.max_new_tokens or prompts.max_prompt_tokens, or use a smaller policy.model"
+                ) from error
+        left = [i for i in left if i not in done]
+        if left:
+            release_memory()
+            held = min(batch_tokens, sum(len(prompts[i]) + len(streams[i]) * sampling.max_new_tokens for i in left))
+            batch_tokens = max(needed, held // 2)
+            on_note(
+                f"out of memory while generating: {len(left)} prompts begin anew with {batch_tokens} tokens side by "
+                "side; set rollouts.batch_tokens to that"
+            )
 
 
 def _reference(

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from alignment.config import Config
@@ -19,8 +19,8 @@ from alignment.selection import select
 from alignment.trainer import Trainer, train_step
 from alignment.triton_metrics import ServerWatch
 from alignment.types import Decision, Prompt, Rollout, ScoredRollout, with_reward
-from models.decoding import Sampling
 from models.judge import Judge
+from models.sampling import Sampling
 
 Emit = Callable[[Mapping[str, Any]], None]
 
@@ -100,8 +100,7 @@ def decide(config: Config, scored: Sequence[ScoredRollout]) -> list[Decision]:
 
 def training_sampling(config: Config) -> Sampling:
     """How training and validation rollouts are drawn."""
-    rollouts = config.rollouts
-    return Sampling(rollouts.max_new_tokens, rollouts.temperature, rollouts.top_k, rollouts.top_p)
+    return Sampling(**{field.name: getattr(config.rollouts, field.name) for field in fields(Sampling)})
 
 
 def _agreed(session: Session, work: Callable[[], T]) -> T:
@@ -136,9 +135,10 @@ def _scored_share(
         mine,
         samples_per_prompt=config.rollouts.num_rollouts_per_prompt,
         sampling=training_sampling(config),
-        batch_rows=config.rollouts.batch_rows,
+        batch_tokens=config.rollouts.batch_tokens,
         stream=f"{config.seed}/step-{step}",
         with_references=config.rollouts.references == "join",
+        on_note=lambda text: session.emit({"kind": "note", "text": text}),
     ):
         session.stop.check()
         pending.append(_score(session, batch, stored))
@@ -215,7 +215,7 @@ def _validation_share(session: Session) -> list[ScoredRollout]:
         session.trainer.share(session.prompts.validation),
         samples_per_prompt=1,
         sampling=training_sampling(config),
-        batch_rows=config.rollouts.batch_rows,
+        batch_tokens=config.rollouts.batch_tokens,
         stream=f"{config.seed}/validation",
     ):
         session.stop.check()

@@ -32,6 +32,7 @@ COLUMNS = {
     "response": "string",
     "finish_reason": "string",
     "num_tokens": "int64",
+    "log_prob": "float64",
     "reward": "float64",
     "reward_model": "string",
     "reward_model_version": "string",

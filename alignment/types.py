@@ -100,9 +100,11 @@ class LeftOut:
 class Rollout:
     """One sampled response to a prompt.
 
-    `response_ids` ends with the ending token when `finish_reason` is "stop"; `prompt` is the text that the
-    policy read, `messages` the conversation that the reward model will see before the response. A prompt's reference
-    answer is one too, with the index after the last sample's.
+    `response_ids` ends with the ending token, or with the tokens of a stop string, when `finish_reason` is "stop";
+    `response` holds neither. `prompt` is the text that the policy read, `messages` the conversation that the reward
+    model will see before the response. `log_probs` are natural logarithms of each token's probability under the policy
+    at temperature 1 with nothing restricted. A prompt's reference answer is a rollout too, with the index after the
+    last sample's and no log_probs.
     """
 
     prompt_id: str
@@ -113,12 +115,18 @@ class Rollout:
     messages: tuple[Message, ...] = ()
     prompt_ids: tuple[int, ...] = ()
     response_ids: tuple[int, ...] = ()
+    log_probs: tuple[float, ...] = ()
     is_reference: bool = False
 
     @property
     def num_tokens(self) -> int:
         """Response tokens, the ending token included."""
         return len(self.response_ids)
+
+    @property
+    def log_prob(self) -> float | None:
+        """Natural logarithm of the response's probability under the policy; None where the policy did not draw it."""
+        return sum(self.log_probs) if self.log_probs else None
 
     @property
     def conversation(self) -> list[Message]:

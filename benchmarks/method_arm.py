@@ -99,7 +99,7 @@ class World:
             self.judge,
             samples_per_prompt=samples_per_prompt,
             max_new_tokens=self.config.rollouts.max_new_tokens,
-            batch_rows=self.config.rollouts.batch_rows,
+            batch_tokens=self.config.rollouts.batch_tokens,
             stream=f"{self.config.seed}/evaluation/{who}",
             on_progress=lambda done, total: None,
         )
@@ -141,7 +141,7 @@ def rejection_sampling(world: World) -> Iterator[dict[str, Any]]:
             prompts,
             samples_per_prompt=config.rollouts.num_rollouts_per_prompt,
             sampling=training_sampling(config),
-            batch_rows=config.rollouts.batch_rows,
+            batch_tokens=config.rollouts.batch_tokens,
             stream=f"{config.seed}/step-{step}",
             with_references=config.rollouts.references == "join",
         )

@@ -22,8 +22,8 @@ from alignment.errors import AlignmentError, ConfigError, DataError, TrainingErr
 from alignment.types import Message, Prompt
 
 if TYPE_CHECKING:
-    from models.decoding import Sampling
     from models.policy import Policy
+    from models.sampling import Sampling
 
 NEW = "/new"
 UNFINISHED = "�"
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 1
-    from models.decoding import Sampling
+    from models.sampling import Sampling
 
     sampling = Sampling(options.max_new_tokens, options.temperature, top_p=options.top_p)
     interactive = sys.stdin.isatty()

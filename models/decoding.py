@@ -1,133 +1,100 @@
-"""Sampling from a causal LM: each prompt is prefilled once, its cache expanded to n rows and written in place.
+"""Responses from a causal LM: prompts are read once, rows that end make room for others, caches are written in place.
 
-A token is drawn by inverting the cumulative distribution at a uniform number that the caller supplies, so
-a sample is a function of its logits and its own numbers: neither the batch around it nor the number of
-ranks has a say in its randomness.
-
-Left out on purpose: beam search and penalties, which rejection sampling has no use for.
+How a token is drawn stands in `models.sampling`; what is kept of prompts and rows in `models.shared_rows`, and for
+models of another kind in `models.own_rows`.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from alignment.errors import TrainingError
 from alignment.types import FinishReason
-from models.batching import TokenIds, left_pad, position_ids
+from models.batching import TokenIds
+from models.own_rows import OwnRows
+from models.prefill import plain_cache, prefill
+from models.rows import Job, Rows, longest_first, most_room
+from models.sampling import Sample, Sampling, adjusted, before_stop, draw, log_probs
+from models.shared_rows import SharedRows
+
+Decode = Callable[[TokenIds, TokenIds], str]
+"""The text of a response: from the tokens of its prompt and its own."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How tokens are drawn. `top_k` 0 and `top_p` 1 leave the distribution whole."""
+@dataclass(slots=True)
+class _Row:
+    """A response that is being drawn."""
 
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One response: its token ids, the ending token included, and why it ended."""
-
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-
-
-class InPlaceLayer(DynamicLayer):
-    """A layer's cache with room for all tokens to come: growing writes a column instead of copying the whole."""
-
-    def __init__(self, filled: DynamicLayer, room: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        keys, values = filled.keys, filled.values
-        if keys is None or values is None:
-            raise ValueError("only a layer that was filled by a prefill can be given room")
-        self.is_initialized, self.dtype, self.device = True, keys.dtype, keys.device
-        self._length = keys.shape[-2]
-        self._key_buffer, self._value_buffer = _with_room(keys, room), _with_room(values, room)
-        self._show()
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Append (B, heads, 1, head size) states; returns views of everything so far."""
-        start, self._length = self._length, self._length + key_states.shape[-2]
-        self._key_buffer[:, :, start : self._length] = key_states
-        self._value_buffer[:, :, start : self._length] = value_states
-        return self._show()
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows only."""
-        self._key_buffer, self._value_buffer = self._key_buffer[indices], self._value_buffer[indices]
-        self._show()
-
-    def _show(self) -> tuple[Tensor, Tensor]:
-        keys, values = self._key_buffer[:, :, : self._length], self._value_buffer[:, :, : self._length]
-        self.keys, self.values = keys, values
-        return keys, values
-
-
-def _with_room(states: Tensor, room: int) -> Tensor:
-    rows, heads, length, size = states.shape
-    buffer = states.new_empty(rows, heads, length + room, size)
-    buffer[:, :, :length] = states
-    return buffer
-
-
-def batches(prompts: Sequence[TokenIds], samples_per_prompt: int, batch_rows: int) -> Iterator[list[int]]:
-    """Indices of prompts in batches of at most `batch_rows` rows, prompts of similar length together."""
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    size = max(1, batch_rows // samples_per_prompt)
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+    job: Job
+    tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
 
 
 @torch.inference_mode()
-def sample(
-    model: PreTrainedModel, prompts: Sequence[TokenIds], uniforms: Tensor, sampling: Sampling, *, eos_ids: Sequence[int]
-) -> list[list[Sample]]:
-    """n responses to each of P prompts, decoded as one batch of P × n rows.
+def respond(
+    model: PreTrainedModel,
+    prompts: Sequence[TokenIds],
+    uniforms: Tensor,
+    sampling: Sampling,
+    *,
+    eos_ids: Sequence[int],
+    batch_tokens: int,
+    decode: Decode | None = None,
+) -> Iterator[dict[int, list[Sample]]]:
+    """n responses to each of P prompts: those of some prompts at a time, by the prompt's index, as they are done.
 
-    Shape: uniforms (P, n, max_new_tokens) in [0, 1); returns P lists of n samples.
+    `batch_tokens` bounds the tokens whose keys and values are kept, each row's for the longest response. Stop strings
+    need `decode`. Shape: uniforms (P, n, max_new_tokens) in [0, 1). Raises ConfigError where one row exceeds
+    `batch_tokens`, TrainingError where the model's output is not finite.
     """
-    device = next(model.parameters()).device
-    num_prompts, n, _ = uniforms.shape
-    numbers = uniforms.flatten(0, 1).to(device)
-    prompt_ids, mask = left_pad(prompts, pad_id=eos_ids[0], device=device)
-    logits, cache = _prefill(model, prompt_ids, mask, n=n, room=sampling.max_new_tokens)
-    eos = torch.tensor(list(eos_ids), device=device)
+    if sampling.stop and decode is None:
+        raise ValueError("stop strings are looked for in a text: give `decode`")
+    device, samples = next(model.parameters()).device, uniforms.shape[1]
+    numbers, ending = uniforms.to(device), torch.tensor(list(eos_ids), device=device)
+    waiting = longest_first(prompts, samples)
+    cache = _cache(model, prompts, samples, sampling.max_new_tokens, budget=batch_tokens, pad_id=eos_ids[0])
+    rows: list[_Row] = []
+    done: dict[int, dict[int, Sample]] = {}
+    logits: list[Tensor] = []
+    while True:
+        begun, firsts = cache.begin(waiting)
+        rows += [_Row(job) for job in begun]
+        if not rows:
+            return
+        drawn = _draw(torch.cat([*logits, *firsts]), rows, prompts, numbers, sampling, ending)
+        ended = []
+        for i, row in enumerate(rows):
+            reason = _reason(row, prompts[row.job.prompt], sampling, eos_ids, decode)
+            if reason is not None:
+                ended.append(i)
+                sample = Sample(tuple(row.tokens), reason, tuple(row.log_probs))
+                done.setdefault(row.job.prompt, {})[row.job.sample] = sample
+        if ended:
+            order = cache.drop(ended)
+            rows, drawn = [rows[i] for i in order], drawn[order]
+            whole = [prompt for prompt, found in done.items() if len(found) == samples]
+            if whole:
+                yield {prompt: [one for _, one in sorted(done.pop(prompt).items())] for prompt in whole}
+        logits = [cache.step(drawn)] if rows else []
 
-    rows = torch.arange(num_prompts * n, device=device)  # which sample each live row of the batch is
-    done = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    mask = torch.cat([mask.repeat_interleave(n, 0), mask.new_ones(len(rows), sampling.max_new_tokens)], dim=1)
-    positions = mask[:, : prompt_ids.shape[1]].sum(-1, keepdim=True)
-    tokens = torch.full((len(rows), sampling.max_new_tokens), int(eos[0]), device=device)
-    for t in range(sampling.max_new_tokens):
-        drawn = draw(logits, numbers[rows, t], sampling)
-        live = ~done[rows]
-        tokens[rows[live], t] = drawn[live]
-        done[rows] |= torch.isin(drawn, eos)
-        if bool(done.all()) or t + 1 == sampling.max_new_tokens:
-            break
-        alive = ~done[rows]
-        if int(alive.sum()) * 2 <= len(rows):  # copying the cache pays only when it shrinks a good deal
-            keep = alive.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            rows, mask, positions, drawn = rows[keep], mask[keep], positions[keep], drawn[keep]
-        output = model(
-            input_ids=drawn[:, None],
-            attention_mask=mask[:, : prompt_ids.shape[1] + t + 1],
-            position_ids=positions + t,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logits = output.logits[:, -1]
-    samples = [_finish(row, set(eos_ids)) for row in tokens.tolist()]
-    return [samples[i * n : (i + 1) * n] for i in range(num_prompts)]
+
+def sample(
+    model: PreTrainedModel,
+    prompts: Sequence[TokenIds],
+    uniforms: Tensor,
+    sampling: Sampling,
+    *,
+    eos_ids: Sequence[int],
+    decode: Decode | None = None,
+) -> list[list[Sample]]:
+    """What `respond` gives in the order of the prompts, all of them decoded side by side."""
+    room = uniforms.shape[1] * len(prompts) * (max(map(len, prompts)) + sampling.max_new_tokens)
+    found: dict[int, list[Sample]] = {}
+    for some in respond(model, prompts, uniforms, sampling, eos_ids=eos_ids, batch_tokens=room, decode=decode):
+        found |= some
+    return [found[i] for i in range(len(prompts))]
 
 
 @torch.inference_mode()
@@ -136,67 +103,59 @@ def stream(
 ) -> Iterator[int]:
     """The tokens of one response as they are drawn, the ending one included: those of `sample` for the same numbers.
 
-    Shape: uniforms (max_new_tokens,) in [0, 1).
+    Stop strings are the caller's, who has the text. Shape: uniforms (max_new_tokens,) in [0, 1).
     """
-    device = next(model.parameters()).device
-    prompt_ids, mask = left_pad([prompt], pad_id=eos_ids[0], device=device)
-    logits, cache = _prefill(model, prompt_ids, mask, n=1, room=sampling.max_new_tokens)
+    read = prefill(model, [prompt], eos_ids[0])
+    logits, ending = read.logits, torch.tensor(list(eos_ids), device=read.mask.device)
+    row = _Row(Job(0, 0))
     for t in range(sampling.max_new_tokens):
-        drawn = draw(logits, uniforms[None, t].to(device), sampling)
-        yield int(drawn)
-        if int(drawn) in eos_ids or t + 1 == sampling.max_new_tokens:
+        drawn = _draw(logits, [row], [prompt], uniforms[None, None].to(read.mask.device), sampling, ending)
+        yield row.tokens[-1]
+        if row.tokens[-1] in eos_ids or t + 1 == sampling.max_new_tokens:
             return
-        logits = model(input_ids=drawn[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
+        logits = model(input_ids=drawn[:, None], past_key_values=read.cache, use_cache=True).logits[:, -1]
 
 
-def _prefill(model: PreTrainedModel, prompt_ids: Tensor, mask: Tensor, *, n: int, room: int) -> tuple[Tensor, Cache]:
-    """The logits after each prompt and its cache, both repeated for n samples. Shape: logits (P × n, V)."""
-    cache = DynamicCache(config=model.config)
-    output = model(
-        input_ids=prompt_ids,
-        attention_mask=mask,
-        position_ids=position_ids(mask),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
+def _cache(
+    model: PreTrainedModel, prompts: Sequence[TokenIds], samples: int, tokens: int, *, budget: int, pad_id: int
+) -> Rows:
+    lengths = [len(prompt) for prompt in prompts]
+    like = plain_cache(model, pad_id, tokens=max(lengths) + tokens)
+    room = most_room(lengths, samples, tokens, budget=budget, shared=like is not None)
+    if like is None:
+        return OwnRows(model, prompts, room, pad_id=pad_id)
+    return SharedRows(model, prompts, like, room, samples=samples, pad_id=pad_id)
+
+
+def _draw(
+    logits: Tensor,
+    rows: Sequence[_Row],
+    prompts: Sequence[TokenIds],
+    numbers: Tensor,
+    sampling: Sampling,
+    ending: Tensor,
+) -> Tensor:
+    """The next token of each row, which its row is given too. Shape: logits (B, V); returns (B,)."""
+    lengths = [len(row.tokens) for row in rows]
+    place = torch.tensor([[row.job.prompt, row.job.sample, t] for row, t in zip(rows, lengths, strict=True)]).T
+    wanted = adjusted(
+        logits, sampling, seen=[[*prompts[row.job.prompt], *row.tokens] for row in rows], lengths=lengths, ending=ending
     )
-    cache.batch_repeat_interleave(n)
-    # Sliding-window and other special layers keep their own kind of cache.
-    cache.layers = [InPlaceLayer(layer, room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return output.logits[:, -1].repeat_interleave(n, 0), cache
+    drawn = draw(wanted, numbers[tuple(place.to(numbers.device))], sampling)
+    for row, token, value in zip(rows, drawn.tolist(), log_probs(logits, drawn).tolist(), strict=True):
+        row.tokens.append(token)
+        row.log_probs.append(value)
+    return drawn
 
 
-def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
-    """One token a row by inverse CDF. Shape: logits (B, V), uniforms (B,) in [0, 1); returns (B,).
-
-    Precise to float32: a token of probability below 6e-8 may never be drawn. Raises TrainingError for NaN.
-    """
-    probabilities = torch.softmax(logits.float() / sampling.temperature, dim=-1)
-    probabilities = _restrict(probabilities, sampling.top_k, sampling.top_p)
-    cumulative = probabilities.cumsum(-1)
-    total = cumulative[:, -1]
-    if not bool(torch.isfinite(total).all()):
-        raise TrainingError("the policy's probabilities are not finite: training diverged. Lower training.lr")
-    # Strictly below the total, so that rounding never lands past the last token that may be drawn.
-    target = torch.minimum(uniforms.to(total.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
-
-
-def _restrict(probabilities: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Zero outside the k most probable tokens and outside the smallest set of mass top_p. Not renormalised."""
-    if top_k and top_k < probabilities.shape[-1]:
-        kept, ids = probabilities.topk(top_k, dim=-1)
-        probabilities = torch.zeros_like(probabilities).scatter(-1, ids, kept)
-    if top_p < 1:
-        ranked, ids = probabilities.sort(dim=-1, descending=True, stable=True)
-        before = ranked.cumsum(-1) - ranked
-        ranked = ranked.masked_fill(before >= top_p * ranked.sum(-1, keepdim=True), 0)
-        probabilities = torch.zeros_like(probabilities).scatter(-1, ids, ranked)
-    return probabilities
-
-
-def _finish(tokens: list[int], eos_ids: set[int]) -> Sample:
-    for i, token in enumerate(tokens):
-        if token in eos_ids:
-            return Sample(tuple(tokens[: i + 1]), "stop")
-    return Sample(tuple(tokens), "length")
+def _reason(
+    row: _Row, prompt: TokenIds, sampling: Sampling, eos_ids: Sequence[int], decode: Decode | None
+) -> FinishReason | None:
+    """Why a response ends with the token that was drawn last; None where it goes on."""
+    if row.tokens[-1] in eos_ids:
+        return "stop"
+    if sampling.stop and decode is not None:
+        text = decode(prompt, row.tokens)
+        if before_stop(text, sampling.stop) != text:
+            return "stop"
+    return "length" if len(row.tokens) == sampling.max_new_tokens else None

@@ -1,6 +1,9 @@
-"""Memory that was freed stays with the process, for the next tensor of its size."""
+"""Memory: what was freed stays with the process, and what to do when there is not enough."""
 
 import ctypes
+import gc
+
+import torch
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # glibc's M_* constants, see mallopt(3)
 _NEVER = 2**31 - 1
@@ -17,3 +20,17 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_MMAP_MAX, 0)
         mallopt(_TRIM_THRESHOLD, _NEVER)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU, torch's allocator on a CPU, or Python had no memory left."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def release_memory() -> None:
+    """Give up tensors that only a caught error still held, and what a GPU's allocator keeps for later."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -160,6 +160,15 @@ def longest_response(config: Config) -> int:
     return max(column("num_tokens")(config))
 
 
+def shortest_response(config: Config) -> int:
+    return min(column("num_tokens")(config))
+
+
+def responses_with(text: str) -> Any:
+    """How many responses hold `text`."""
+    return lambda config: sum(text in response for response in column("response")(config))
+
+
 def prompts_read(config: Config) -> int:
     return len(set(column("prompt_id")(config)))
 

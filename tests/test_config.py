@@ -94,9 +94,13 @@ def test_each_bad_value_is_one_line_with_key_value_and_remedy() -> None:
             "unset it, or use selection.top_n_rollouts with top_per_prompt",
         ),
         (
-            ["rollouts.batch_rows=3"],
-            "rollouts.batch_rows (3) must be >= rollouts.num_rollouts_per_prompt (4): "
-            "the responses of a prompt are decoded side by side",
+            ["rollouts.batch_tokens=75"],
+            "rollouts.batch_tokens (75) must be >= prompts.max_prompt_tokens + rollouts.max_new_tokens (76): "
+            "a prompt and a response of it must fit",
+        ),
+        (
+            ["rollouts.min_new_tokens=13"],
+            "rollouts.min_new_tokens (13) must be <= rollouts.max_new_tokens (12): lower the first or raise the second",
         ),
         (["training.min_lr=0.1"], "training.min_lr (0.1) must be <= training.lr (0.001)"),
         (
@@ -130,7 +134,15 @@ def test_two_keys_that_do_not_go_together(overrides: list[str], expected: str) -
 
 
 def test_the_edges_of_those_checks_are_accepted() -> None:
-    load_config(SMOKE, ["selection.top_n_rollouts=4", "rollouts.batch_rows=4", "training.min_lr=1e-3"])
+    load_config(
+        SMOKE,
+        [
+            "selection.top_n_rollouts=4",
+            "rollouts.batch_tokens=76",
+            "rollouts.min_new_tokens=12",
+            "training.min_lr=1e-3",
+        ],
+    )
     load_config(SMOKE, ["selection.strategy=random_k_overall", "selection.top_k=1", "selection.top_n_rollouts=9"])
 
 
@@ -240,13 +252,17 @@ EFFECTS = {
     "rollouts.num_rollout_samples": Effect(2, see.prompts_read, 2),
     "rollouts.num_rollouts_per_prompt": Effect(3, see.responses_per_prompt, 3),
     "rollouts.max_new_tokens": Effect(5, see.longest_response, 5),
-    "rollouts.temperature": Effect(1e-6, see.distinct_responses, 1),
+    "rollouts.min_new_tokens": Effect(99, see.shortest_response, 99, ("rollouts.max_new_tokens=99",)),
+    "rollouts.temperature": Effect(0, see.distinct_responses, 1),
     "rollouts.top_k": Effect(1, see.distinct_responses, 1),
     "rollouts.top_p": Effect(1e-6, see.distinct_responses, 1),
+    "rollouts.min_p": Effect(1, see.distinct_responses, 1),
+    "rollouts.repetition_penalty": Effect(2, see.column("response")),
+    "rollouts.stop": Effect(["e"], see.responses_with("e"), 0),
     "rollouts.references": Effect(
         "join", see.responses_at(4), {"a reference"}, ("prompts.train={root}/answered.jsonl",)
     ),
-    "rollouts.batch_rows": Effect(4, see.rows_per_batch, 4),
+    "rollouts.batch_tokens": Effect(76, see.rows_per_batch, 4),
     "selection.strategy": Effect("random_per_prompt", see.column("reason")),
     "selection.top_n_rollouts": Effect(2, see.num_selected, 8),
     "selection.top_k": Effect(5, see.num_selected, 5, ("selection.strategy=top_k_overall", "selection.top_k=3")),

@@ -14,8 +14,8 @@ from alignment.rollouts import generate
 from alignment.selection import select
 from alignment.stages import begin
 from alignment.types import Prompt, Rollout, StepUpdate, with_reward
-from models.decoding import Sampling
 from models.policy import Policy, load_policy
+from models.sampling import Sampling
 
 SMOKE = Path(__file__).resolve().parent.parent / "configs" / "smoke.yaml"
 QUESTION = ({"role": "user", "content": "Why?"},)
@@ -35,7 +35,7 @@ def rollouts(policy: Policy, *prompts: Prompt, with_references: bool = True) -> 
             prompts,
             samples_per_prompt=2,
             sampling=Sampling(max_new_tokens=6),
-            batch_rows=4,
+            batch_tokens=100,
             stream="test",
             with_references=with_references,
         )

@@ -34,6 +34,7 @@ def scored_pair() -> tuple[list[ScoredRollout], list[Decision]]:
             response=f"naïve {i}\n\x00",
             finish_reason="length" if i else "stop",
             response_ids=(1, 2, 3),
+            log_probs=(-0.5, -0.25, -1.0) if i else (),
             reward=0.1 + i,
             reward_model="rm",
             reward_model_version="4",
@@ -82,13 +83,14 @@ def test_an_object_store_is_refused_rather_than_made_a_folder(tmp_path: Path, mo
     assert not list(tmp_path.iterdir())
 
 
-def test_rollouts_have_exactly_the_columns_of_the_contract(tmp_path: Path) -> None:
+def test_rollouts_have_the_columns_of_the_contract_and_the_log_probability(tmp_path: Path) -> None:
     folder = create(tmp_path, "1", "{}")
     path = folder.write_rollouts(3, *scored_pair())
     assert path == tmp_path / "1/rollouts/step-000003.parquet"
     schema = parquet.read_schema(path)
+    assert folder.read_rollouts(3)[0]["log_prob"] is None  # of an answer that the policy did not draw
     first_half = ["step", "prompt_id", "prompt", "rollout_index", "response", "finish_reason"]
-    second_half = ["num_tokens", "reward", "reward_model", "reward_model_version", "selected", "reason"]
+    second_half = ["num_tokens", "log_prob", "reward", "reward_model", "reward_model_version", "selected", "reason"]
     assert schema.names == first_half + second_half
     assert [str(schema.field(n).type) for n in ("step", "reward", "selected")] == ["int64", "double", "bool"]
     assert folder.read_rollouts(3)[1] == {
@@ -99,6 +101,7 @@ def test_rollouts_have_exactly_the_columns_of_the_contract(tmp_path: Path) -> No
         "response": "naïve 1\n\x00",
         "finish_reason": "length",
         "num_tokens": 3,
+        "log_prob": -1.75,
         "reward": 1.1,
         "reward_model": "rm",
         "reward_model_version": "4",

@@ -15,7 +15,7 @@ from alignment.config_training import TrainingSection
 from alignment.engine import Ranks, _check_finite, gradient_accumulation_steps, learning_rate
 from alignment.errors import TrainingError
 from alignment.update import _length, deal
-from models.decoding import Sampling, draw
+from models.sampling import Sampling, draw
 from reward_runs import in_this_process
 from tiny import tiny_llama
 from update_ranks import BASE_SEED, RESPONSE_LENGTHS, rollouts

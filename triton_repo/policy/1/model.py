@@ -1,7 +1,8 @@
 """Triton's side of a policy: a prompt in, a sampled response out.
 
 This file travels into each exported version and imports nothing of the repository, so `draw` and the decoding are
-copies of those in `models/decoding.py`, with temperature and top_p of each row's own; a test holds the two together.
+copies of those in `models/sampling.py` and `models/decoding.py`, with temperature and top_p of each row's own; a test
+holds the two together.
 Beside it an export puts `weights/` (safetensors, config.json, tokenizer), `template.jinja` and `settings.json`.
 
 A request holds `prompt`, a text, or `messages`, the JSON text of [{"role", "content"}, ...]; `template.jinja` turns

@@ -1,0 +1,115 @@
+"""Rows of any causal LM: each with a copy of its prompt's cache, attended to as the model itself does.
+
+For models whose attention `models.prefill.plain_cache` finds to be of another kind. Rows begin together, and others
+take their place when all have ended.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from models.batching import TokenIds
+from models.prefill import prefill
+from models.rows import Job, Room
+
+
+class InPlaceLayer(DynamicLayer):
+    """A layer's cache with room for all tokens to come: growing writes a column instead of copying the whole."""
+
+    def __init__(self, filled: DynamicLayer, room: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        keys, values = filled.keys, filled.values
+        if keys is None or values is None:
+            raise ValueError("only a layer that was filled by a prefill can be given room")
+        self.is_initialized, self.dtype, self.device = True, keys.dtype, keys.device
+        self._length = keys.shape[-2]
+        self._key_buffer, self._value_buffer = _with_room(keys, room), _with_room(values, room)
+        self._show()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append (B, heads, 1, head size) states; returns views of everything so far."""
+        start, self._length = self._length, self._length + key_states.shape[-2]
+        self._key_buffer[:, :, start : self._length] = key_states
+        self._value_buffer[:, :, start : self._length] = value_states
+        return self._show()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows only."""
+        self._key_buffer, self._value_buffer = self._key_buffer[indices], self._value_buffer[indices]
+        self._show()
+
+    def _show(self) -> tuple[Tensor, Tensor]:
+        keys, values = self._key_buffer[:, :, : self._length], self._value_buffer[:, :, : self._length]
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+def _with_room(states: Tensor, room: int) -> Tensor:
+    rows, heads, length, size = states.shape
+    buffer = states.new_empty(rows, heads, length + room, size)
+    buffer[:, :, :length] = states
+    return buffer
+
+
+class OwnRows:
+    """See the module."""
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[TokenIds], room: Room, *, pad_id: int) -> None:
+        self._model, self._prompts, self._room, self._pad_id = model, prompts, room, pad_id
+        self._place: list[int] = []  # where in the cache each live row is
+        self._columns = 0
+
+    def begin(self, waiting: "deque[Job]") -> tuple[list[Job], list[Tensor]]:
+        """See `models.rows.Rows`. Nothing begins while a row is live."""
+        if self._place or not waiting:
+            return [], []
+        jobs = [waiting.popleft() for _ in range(min(self._room.rows, len(waiting)))]
+        prompts = list(dict.fromkeys(job.prompt for job in jobs))
+        read = prefill(self._model, [self._prompts[i] for i in prompts], self._pad_id)
+        index = torch.tensor([prompts.index(job.prompt) for job in jobs], device=read.mask.device)
+        self._cache, room = read.cache, self._room.tokens
+        self._cache.batch_select_indices(index)
+        # Sliding-window and other special layers keep their own kind of cache.
+        self._cache.layers = [
+            InPlaceLayer(layer, room) if type(layer) is DynamicLayer else layer for layer in self._cache.layers
+        ]
+        mask = read.mask[index]
+        self._mask = torch.cat([mask, mask.new_ones(len(jobs), room)], dim=1)
+        self._positions, self._columns = mask.sum(-1, keepdim=True), mask.shape[1]
+        self._place = list(range(len(jobs)))
+        return jobs, [read.logits[index]]
+
+    def drop(self, ended: Sequence[int]) -> list[int]:
+        """See `models.rows.Rows`. The cache is copied once half of its rows are done with."""
+        gone = set(ended)
+        order = [i for i in range(len(self._place)) if i not in gone]
+        self._place = [self._place[i] for i in order]
+        if self._place and 2 * len(self._place) <= len(self._mask):
+            keep = torch.tensor(self._place, device=self._mask.device)
+            self._cache.batch_select_indices(keep)
+            self._mask, self._positions = self._mask[keep], self._positions[keep]
+            self._place = list(range(len(order)))
+        return order
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """See `models.rows.Rows`. Rows that are done with are computed beside the others."""
+        place = torch.tensor(self._place, device=tokens.device)
+        everyone = torch.full((len(self._mask),), self._pad_id, device=tokens.device)
+        everyone[place] = tokens
+        self._columns += 1
+        output = self._model(
+            input_ids=everyone[:, None],
+            attention_mask=self._mask[:, : self._columns],
+            position_ids=self._positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self._positions = self._positions + 1
+        logits: Tensor = output.logits[place, -1]
+        return logits

@@ -1,0 +1,133 @@
+"""How a token is drawn: what a distribution is restricted to, and the inverse of its cumulative distribution.
+
+The uniform number is the caller's, so a token is a function of its logits and its own number: neither the batch around
+it nor the number of ranks has a say in its randomness.
+
+Order and meaning of the restrictions are those of transformers' `generate`: repetition penalty, least length,
+temperature, top_k, top_p, min_p. Left out on purpose: beam search, which rejection sampling has no use for.
+
+Legend: B rows, V vocabulary, E ending tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alignment.errors import TrainingError
+from alignment.types import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How responses are drawn. Each field but the first leaves the distribution whole by default."""
+
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    """No ending token is drawn before so many others; a stop string ends a response of any length."""
+    temperature: float = 1.0
+    """0 is greedy: always the likeliest token."""
+    top_k: int = 0
+    """0 means all."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    """Tokens below this share of the likeliest one's probability are never drawn."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens that prompt or response hold, and multiplies the negative ones."""
+    stop: tuple[str, ...] = ()
+    """A response ends with the token that completes one of these in its text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One response: every token drawn, the ending one included, and why it ended.
+
+    After a stop string the tokens hold that too, as they hold an ending token; the text is cut before it
+    (`before_stop`). `log_probs` are natural logarithms of each token's probability under the policy itself, at
+    temperature 1 with nothing restricted: what the trainer computes.
+    """
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    log_probs: tuple[float, ...]
+
+
+def adjusted(
+    logits: Tensor, sampling: Sampling, *, seen: Sequence[Sequence[int]], lengths: Sequence[int], ending: Tensor
+) -> Tensor:
+    """Logits after the repetition penalty and without the ending tokens of responses that are too short.
+
+    `seen` holds the tokens of each row's prompt and response, `lengths` how many were drawn. Shape: logits (B, V),
+    ending (E,). Returns `logits` itself where there is nothing to do.
+    """
+    penalty, device = sampling.repetition_penalty, logits.device
+    if penalty != 1:
+        width = max(map(len, seen))
+        ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in seen], device=device)
+        scores = logits.gather(-1, ids)
+        logits = logits.scatter(-1, ids, torch.where(scores < 0, scores * penalty, scores / penalty))
+    if min(lengths) < sampling.min_new_tokens:
+        early = torch.tensor(lengths, device=device) < sampling.min_new_tokens
+        barred = torch.zeros_like(logits[:1]).index_fill_(-1, ending, -torch.inf)
+        logits = torch.where(early[:, None], logits + barred, logits)
+    return logits
+
+
+def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
+    """One token a row by inverse CDF. Shape: logits (B, V), uniforms (B,) in [0, 1); returns (B,).
+
+    Precise to float32: a token of probability below 6e-8 may never be drawn. Raises TrainingError for NaN.
+    """
+    if sampling.temperature == 0:
+        _check_finite(logits.amax(-1))
+        return logits.argmax(-1)
+    scaled = logits.float() if sampling.temperature == 1 else logits.float() / sampling.temperature
+    probabilities = _restrict(torch.softmax(scaled, dim=-1), sampling)
+    cumulative = probabilities.cumsum(-1)
+    total = cumulative[:, -1]
+    _check_finite(total)
+    # Strictly below the total, so that rounding never lands past the last token that may be drawn.
+    target = torch.minimum(uniforms.to(total.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+
+
+def log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Natural logarithm of each token's probability. Shape: logits (B, V), tokens (B,); returns (B,)."""
+    logits = logits.float()
+    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    """The text up to the first stop string in it; all of it where there is none."""
+    found = [at for at in (text.find(one) for one in stop) if at >= 0]
+    return text[: min(found)] if found else text
+
+
+def _check_finite(values: Tensor) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise TrainingError("the policy's probabilities are not finite: training diverged. Lower training.lr")
+
+
+def _restrict(probabilities: Tensor, sampling: Sampling) -> Tensor:
+    """Zero outside the k likeliest tokens, outside the smallest set of mass top_p, and below min_p of the likeliest.
+
+    Not renormalised: top_p is a share of what top_k left.
+    """
+    if sampling.top_k and sampling.top_k < probabilities.shape[-1]:
+        kept, ids = probabilities.topk(sampling.top_k, dim=-1)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, ids, kept)
+    if sampling.top_p < 1:
+        probabilities = _nucleus(probabilities, sampling.top_p)
+    if sampling.min_p > 0:
+        least = sampling.min_p * probabilities.amax(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < least, 0)
+    return probabilities
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Zero outside the smallest set of the likeliest tokens that holds `top_p` of the mass."""
+    ranked, ids = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = ranked.cumsum(-1) - ranked
+    ranked = ranked.masked_fill(before >= top_p * ranked.sum(-1, keepdim=True), 0)
+    return torch.zeros_like(probabilities).scatter(-1, ids, ranked)

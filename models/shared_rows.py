@@ -1,0 +1,193 @@
+"""Rows whose prompt is stored once for all of its samples, and each row's own tokens beside it, written in place.
+
+A row attends to its prompt and to its own tokens apart; the two are put together by how much mass each holds. All
+samples of a prompt look at its keys in one matrix product, as do the query heads that share a key head: nothing is
+repeated. A row that ends makes room at once: the last row moves to its place, and a prompt whose rows have all ended
+gives its slot to one that waits.
+
+Legend: B live rows, P prompt slots, n samples a prompt, H key heads, G query heads to each, D head size, L prompt
+columns, T columns of own tokens, V vocabulary.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from models.batching import TokenIds
+from models.prefill import attention, prefill, states
+from models.rows import Job, Room
+
+PREFILL_TOKENS = 512
+"""Prompt tokens, padding included, that are read at once: enough for the full rate of a CPU, and few enough that
+prompts of like length are together."""
+
+
+class OwnTokens(DynamicLayer):
+    """A layer's keys and values of all rows' own tokens, (rows, H, tokens, D) with room for all that may come."""
+
+    def __init__(self, rows: "SharedRows", like: Tensor, like_value: Tensor, room: Room) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.is_initialized, self.dtype, self.device = True, like.dtype, like.device
+        self._rows = rows
+        self.all_keys = like.new_zeros(room.rows, like.shape[1], room.tokens, like.shape[3])
+        self.all_values = like.new_zeros(room.rows, like_value.shape[1], room.tokens, like_value.shape[3])
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Write one column of each live row; returns views of everything so far, (B, H, T, D)."""
+        live, lengths, columns = self._rows.live, self._rows.lengths, self._rows.columns
+        self.all_keys[live, :, lengths] = key_states[:, :, 0]
+        self.all_values[live, :, lengths] = value_states[:, :, 0]
+        self.keys = self.all_keys[: len(lengths), :, :columns]
+        self.values = self.all_values[: len(lengths), :, :columns]
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Columns before the one that is written next."""
+        return self._rows.columns - 1
+
+
+class SharedRows:
+    """See the module. `like` is the cache of any prompt: its shapes and types are those of the slots."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[TokenIds],
+        like: DynamicCache,
+        room: Room,
+        *,
+        samples: int,
+        pad_id: int,
+    ) -> None:
+        self._model, self._prompts, self._samples, self._room, self._pad_id = model, prompts, samples, room, pad_id
+        self._own = [OwnTokens(self, keys, values, room) for keys, values in states(like)]
+        self._shared = [(_slots(keys, room), _slots(values, room)) for keys, values in states(like)]
+        self._device = self._shared[0][0].device
+        self._bias = torch.zeros(room.prompts, 1, 1, room.width, device=self._device)
+        self._slot_of: dict[int, int] = {}
+        self._first: dict[int, Tensor] = {}  # the logits after a prompt that is not done with
+        self._jobs: list[Job] = []
+        self._lengths: list[int] = []
+
+    def begin(self, waiting: "deque[Job]") -> tuple[list[Job], list[Tensor]]:
+        """See `models.rows.Rows`. Prompts are read when all of their samples find room, or nothing is live."""
+        begun: list[Job] = []
+        while waiting and len(self._jobs) < self._room.rows:
+            if waiting[0].prompt not in self._slot_of and not self._read(waiting):
+                break
+            job = waiting.popleft()
+            begun.append(job)
+            self._jobs.append(job)
+            self._lengths.append(0)
+        firsts = [self._first[job.prompt][None] for job in begun]
+        open_prompt = waiting[0].prompt if waiting else None
+        self._first = {prompt: logits for prompt, logits in self._first.items() if prompt == open_prompt}
+        return begun, firsts
+
+    def _read(self, waiting: "deque[Job]") -> bool:
+        """Read the next prompts into free slots; False where that has to wait."""
+        free_rows = self._room.rows - len(self._jobs)
+        free = sorted(set(range(self._room.prompts)) - set(self._slot_of.values()))
+        if not free or (self._jobs and free_rows < min(self._samples, self._room.rows)):
+            return False
+        coming = list(dict.fromkeys(job.prompt for job in waiting))
+        longest = len(self._prompts[coming[0]])
+        count = max(1, min(len(free), -(-free_rows // self._samples), PREFILL_TOKENS // longest))
+        read = prefill(self._model, [self._prompts[i] for i in coming[:count]], self._pad_id)
+        slots = torch.tensor(free[: len(coming[:count])], device=self._device)
+        for (all_keys, all_values), (keys, values) in zip(self._shared, states(read.cache), strict=True):
+            all_keys[slots, :, :longest], all_values[slots, :, :longest] = keys, values
+        bias = torch.full((len(slots), self._room.width), -torch.inf, device=self._device)
+        bias[:, :longest] = torch.where(read.mask == 1, 0.0, -torch.inf)
+        self._bias[slots, 0, 0] = bias
+        for prompt, slot, logits in zip(coming, slots.tolist(), read.logits, strict=False):
+            self._slot_of[prompt], self._first[prompt] = slot, logits
+        return True
+
+    def drop(self, ended: Sequence[int]) -> list[int]:
+        """See `models.rows.Rows`. Rows from the end move to the places that are free now."""
+        gone = set(ended)
+        count = len(self._jobs) - len(gone)
+        holes = sorted(i for i in gone if i < count)
+        movers = [i for i in range(count, len(self._jobs)) if i not in gone]
+        order = list(range(count))
+        for hole, mover in zip(holes, movers, strict=True):
+            order[hole] = mover
+        if holes:
+            to, source = torch.tensor(holes, device=self._device), torch.tensor(movers, device=self._device)
+            columns = max(self._lengths)
+            for layer in self._own:
+                for kept in (layer.all_keys, layer.all_values):
+                    kept[to, :, :columns] = kept[source, :, :columns]
+        self._jobs, self._lengths = [self._jobs[i] for i in order], [self._lengths[i] for i in order]
+        needed = {job.prompt for job in self._jobs} | set(self._first)
+        self._slot_of = {prompt: slot for prompt, slot in self._slot_of.items() if prompt in needed}
+        return order
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """See `models.rows.Rows`."""
+        lengths, device = self._lengths, self._device
+        self.columns = max(lengths) + 1
+        self.lengths = torch.tensor(lengths, device=device)
+        self.live = torch.arange(len(lengths), device=device)
+        before = torch.tensor([len(self._prompts[job.prompt]) for job in self._jobs], device=device)
+        self._seats = torch.tensor(
+            [self._slot_of[job.prompt] * self._samples + job.sample for job in self._jobs], device=device
+        )
+        self._used = max(self._slot_of.values()) + 1
+        self._width = max(len(self._prompts[prompt]) for prompt in self._slot_of)
+        self._ragged = min(lengths) < max(lengths)
+        if self._ragged:
+            beyond = torch.arange(self.columns, device=device) > self.lengths[:, None]
+            self._own_bias = torch.zeros_like(beyond, dtype=torch.float32).masked_fill_(beyond, -torch.inf)[
+                :, None, None
+            ]
+        with attention(self._attend):
+            output = self._model(
+                input_ids=tokens[:, None],
+                # Of four dimensions, so that no model makes one of its own: `_attend` looks at none.
+                attention_mask=torch.zeros(len(lengths), 1, 1, 1, dtype=torch.bool, device=device),
+                position_ids=(before + self.lengths)[:, None],
+                past_key_values=Cache(layers=list(self._own)),
+                use_cache=True,
+            )
+        self._lengths = [length + 1 for length in lengths]
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def _attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, scaling: float | None = None, **__: Any
+    ) -> tuple[Tensor, None]:
+        """Attention of one new token a row. Shape: query (B, H·G, 1, D), key and value (B, H, T, D)."""
+        rows, heads, size = len(query), key.shape[1], query.shape[3]
+        grouped = query.reshape(rows, heads, -1, size) * (size**-0.5 if scaling is None else scaling)
+        own, own_mass = _softmax_attention(grouped, key, value, self._own_bias if self._ragged else None)
+        groups, n = grouped.shape[2], self._samples
+        seated = grouped.new_zeros(self._used * n, heads, groups, size)
+        seated[self._seats] = grouped
+        seated = seated.view(self._used, n, heads, groups, size).transpose(1, 2).flatten(2, 3)
+        keys, values = (kept[: self._used, :, : self._width] for kept in self._shared[module.layer_idx])
+        found, mass = _softmax_attention(seated, keys, values, self._bias[: self._used, :, :, : self._width])
+        found = found.unflatten(2, (n, groups)).transpose(1, 2).flatten(0, 1)[self._seats]
+        mass = mass.unflatten(2, (n, groups)).transpose(1, 2).flatten(0, 1)[self._seats]
+        share = torch.sigmoid(mass - own_mass)[..., None].to(own.dtype)
+        return torch.lerp(own, found, share).reshape(rows, 1, heads * groups, -1), None
+
+
+def _softmax_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention and the logarithm of its softmax's sum, which is float32."""
+    scores = torch.matmul(query, keys.transpose(-1, -2)).float()
+    if bias is not None:
+        scores += bias
+    mass = scores.logsumexp(-1)
+    weights = torch.softmax(scores, dim=-1).to(values.dtype)
+    return torch.matmul(weights, values), mass
+
+
+def _slots(like: Tensor, room: Room) -> Tensor:
+    return like.new_zeros(room.prompts, like.shape[1], room.width, like.shape[3])
