@@ -99,10 +99,15 @@ def test_each_bad_value_is_one_line_with_key_value_and_remedy() -> None:
             "the responses of a prompt are decoded side by side",
         ),
         (["training.min_lr=0.1"], "training.min_lr (0.1) must be <= training.lr (0.001)"),
-        (["training.constant_steps=1"], "training.constant_steps (1) end a linear or cosine schedule"),
+        (
+            ["training.constant_steps=1"],
+            "training.constant_steps (1) end a linear or cosine schedule, and training.lr_schedule is constant: set "
+            "training.constant_steps=0",
+        ),
         (
             ["training.offload_optimizer=true", "training.zero_stage=1"],
-            "set resources.gpu >= 1 (now 0) and training.zero_stage >= 1 (now 1)",
+            "training.offload_optimizer needs GPUs, whose memory it spares, and DeepSpeed's ZeRO: set "
+            "resources.gpu >= 1 (now 0) and training.zero_stage >= 1 (now 1)",
         ),
         (
             ["reward_ensemble.members={other: 1, third/2: 1}"],
