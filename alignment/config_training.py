@@ -124,7 +124,7 @@ class SftSection(OptimizerSection):
     chat_template: str | None = None
     """Jinja template that takes the place of the tokenizer's own and stays with the result; null keeps its own."""
     max_tokens: int = Field(512, ge=2)
-    """Longest example in tokens, and length of a packed row; longer examples are left out and listed."""
+    """Longest example in tokens; longer examples are left out and listed."""
     packing: Literal["none", "rows"] = "none"
     """`rows` lays a micro-batch's examples end to end, apart from each other, instead of padding each; same loss."""
     epochs: int = Field(1, ge=1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.losses import penalised_loss_sum, response_loss_sum
 
-CHUNK = 256
+CHUNK = 512
 """Tokens whose logits are held at a time; see docs/performance.md for the measurement."""
 
 

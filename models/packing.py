@@ -48,7 +48,8 @@ def pack(lengths: Sequence[int]) -> list[list[int]]:
     The longest first, each into the shortest row. Attention costs a row's length squared: hence many rows, not one.
     """
     total, order = sum(lengths), sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for count in range(total // max(lengths), 0, -1):
+    most = int(total / ((1 - MOST_PADDING) * max(lengths)))
+    for count in range(min(most, len(lengths)), 0, -1):
         rows: list[list[int]] = [[] for _ in range(count)]
         filled = [0] * count
         for i in order:
@@ -69,7 +70,7 @@ def sequence_batch(
     width = max(sum(len(s.ids) for s in row) for row in rows)
     shape = (len(rows), width)
     ids = torch.zeros(shape, dtype=torch.long)  # of padding any token will do: nothing looks at it
-    positions = torch.arange(width).repeat(len(rows), 1)
+    positions = torch.zeros(shape, dtype=torch.long)  # padding: a token that looks at itself, within any context
     targets, learned = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
     for i, row in enumerate(rows):
         tokens = torch.tensor(list(chain.from_iterable(s.ids for s in row)))
@@ -79,7 +80,7 @@ def sequence_batch(
         targets[i, : len(tokens) - 1], learned[i, : len(tokens) - 1] = tokens[1:], counted[1:]
         start = 0
         for sequence in row:
-            positions[i, start:] = torch.arange(width - start)  # the padding goes on from the last sequence
+            positions[i, start : start + len(sequence.ids)] = torch.arange(len(sequence.ids))
             start += len(sequence.ids)
     predicts = learned.flatten().nonzero().squeeze(1)
     return SequenceBatch(

@@ -122,6 +122,19 @@ def test_rows_are_as_many_as_fill_up():
     assert pack([8] * 4) == [[0], [1], [2], [3]]
     assert pack([10, 6, 4]) == [[0], [1, 2]]
     assert pack([10, 6]) == [[0, 1]]  # two rows would be a fifth padding
+    assert pack([20, 19]) == [[0], [1]]
+    assert len(pack([5] * 20)) == 20
+
+
+def test_padding_stays_within_the_context():
+    """GPT-2 has a vector for each of 64 positions; the padding behind a sequence of 64 has none beyond."""
+    long = sequences((64, 31, 34))
+    batch = sequence_batch(long, packed=True)
+    assert batch.input_ids.shape == (2, 65)
+    assert int(batch.position_ids.max()) == 63 and batch.position_ids[0, 64] == 0
+    with torch.no_grad():
+        padded, packed = (float(SequenceLoss(gpt2(), packed=way)(long)) for way in (False, True))
+    assert packed == pytest.approx(padded, rel=1e-5)
 
 
 @MODELS
