@@ -1,6 +1,6 @@
 # make run      the main job: align SmolLM2-135M on IMDB sentiment, no GPU, no hub
 # make control  the main job beside its random control, and the paired difference
-# make bench    ratios against in-process scoring and the peers' ways, with their targets
+# make bench    ratios against the peers' ways of scoring and training, with their targets
 # make test     lint, types and tests
 # make test-all the same, and those that kill and resume runs at every moment
 # All make the virtual environment first; a stamp keeps that instant when nothing changed.
@@ -39,6 +39,7 @@ control: $(STAMP)
 
 bench: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks.scoring
+	$(BIN)/python -m benchmarks.updates
 	$(BIN)/python -m benchmarks.results
 
 $(VENV)/bin/python:
@@ -54,7 +55,7 @@ $(STAMP): requirements.txt requirements-data.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-data.txt
 	@touch $@
 
-$(DEV_STAMP): requirements-dev.txt requirements-onnx.txt requirements-lm-eval.txt $(STAMP)
+$(DEV_STAMP): requirements-dev.txt requirements-onnx.txt requirements-lm-eval.txt requirements-trl.txt $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	@touch $@
 

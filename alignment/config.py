@@ -128,6 +128,17 @@ class Config(Section):
         for name, section in (("training", train), ("reward_training", self.reward_training), ("sft", self.sft)):
             if section.min_lr > section.lr:
                 raise ValueError(f"{name}.min_lr ({section.min_lr}) must be <= {name}.lr ({section.lr})")
+            if section.constant_steps and section.lr_schedule == "constant":
+                raise ValueError(
+                    f"{name}.constant_steps ({section.constant_steps}) end a linear or cosine schedule, and "
+                    f"{name}.lr_schedule is constant: set {name}.constant_steps=0"
+                )
+            if section.offload_optimizer and not (self.resources.gpu and section.zero_stage):
+                raise ValueError(
+                    f"{name}.offload_optimizer needs GPUs, whose memory it spares, and DeepSpeed's ZeRO: set "
+                    f"resources.gpu >= 1 (now {self.resources.gpu}) and {name}.zero_stage >= 1 "
+                    f"(now {section.zero_stage})"
+                )
         self._check_reward_training()
         self._check_reward_ensemble()
         self._check_sft()

@@ -6,7 +6,7 @@ checks across sections.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 
 def _exact_float(value: Any) -> Any:
@@ -46,9 +46,9 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def no_truth_values(cls, value: Any) -> Any:
-        """YAML reads `yes`, `no`, `on` and `off` as truth values, which would pass for 1 and 0."""
-        if isinstance(value, bool):
+    def no_truth_values(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `yes`, `no`, `on` and `off` as truth values, which would pass for 1 and 0 where none is meant."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("is a truth value to YAML: write a number, or text in quotes")
         return value
 

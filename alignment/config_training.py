@@ -26,6 +26,8 @@ class OptimizerSection(Section):
     """Steps of linear warm-up."""
     min_lr: Number = Field(0.0, ge=0)
     """Learning rate at the end of a linear or cosine schedule."""
+    constant_steps: int = Field(0, ge=0)
+    """Last steps at `min_lr`, to which a linear or cosine schedule has come down before them."""
     weight_decay: Number = Field(0.01, ge=0)
     """AdamW's decoupled weight decay."""
     beta1: Number = Field(0.9, ge=0, lt=1)
@@ -38,6 +40,10 @@ class OptimizerSection(Section):
     """Examples per optimizer step, over all workers: responses, demonstrations, preference pairs or rated answers."""
     micro_batch_size: int = Field(8, ge=1)
     """Examples per forward and backward pass on one worker."""
+    gradient_checkpointing: bool = False
+    """Keep each layer's input alone and compute the rest again for the backward pass: less memory, a third slower."""
+    offload_optimizer: bool = False
+    """Keep AdamW's state in host memory and step there, on GPUs under ZeRO 1 to 3: slower, 12 bytes a weight less."""
 
 
 class TrainingSection(OptimizerSection):
@@ -47,8 +53,12 @@ class TrainingSection(OptimizerSection):
     """Demonstrations of `sft_mix` in each RS step."""
     kl_penalty: Number = Field(0.0, ge=0)
     """Weight of the KL to the base, per response token, in the update's loss; 0 spares the base's forward pass."""
-    zero_stage: Literal[0, 1, 2] = 0
-    """DeepSpeed ZeRO stage."""
+    lora_rank: int = Field(0, ge=0)
+    """Rank of LoRA adapters on all linear layers, merged in what is sampled and saved; 0 trains all weights."""
+    lora_alpha: int = Field(16, ge=1)
+    """LoRA's scale: adapters are multiplied by alpha / rank."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage; 3 shards the weights over the workers, each of which samples from a whole copy."""
 
 
 class RewardTrainingSection(OptimizerSection):
@@ -114,7 +124,7 @@ class SftSection(OptimizerSection):
     chat_template: str | None = None
     """Jinja template that takes the place of the tokenizer's own and stays with the result; null keeps its own."""
     max_tokens: int = Field(512, ge=2)
-    """Longest example in tokens, and length of a packed row; longer examples are left out and listed."""
+    """Longest example in tokens; longer examples are left out and listed."""
     packing: Literal["none", "rows"] = "none"
     """`rows` lays a micro-batch's examples end to end, apart from each other, instead of padding each; same loss."""
     epochs: int = Field(1, ge=1)

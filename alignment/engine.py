@@ -1,6 +1,7 @@
 """The DeepSpeed engine around a policy or a reward model: set-up, one optimizer step, optimizer state as plain tensors.
 
-An engine's module is a loss: its forward gives the summed loss of a micro-batch. DeepSpeed averages over ranks and
+An engine's module is a loss: its forward gives the summed loss of a micro-batch, and whatever else is to be summed up
+and recorded. DeepSpeed averages over ranks and
 divides by the accumulation steps, so each micro-batch is scaled by world_size × accumulation / N, where N counts what
 the optimizer step's loss is a mean of, over all ranks: the gradient does not depend on micro-batches or ranks.
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment.config_training import OptimizerSection
-from alignment.errors import CheckpointError, TrainingError
+from alignment.errors import CheckpointError, ConfigError, TrainingError
 from alignment.one_node import store_url
 from models.memory import keep_freed_memory
 
@@ -89,21 +90,47 @@ def build_engine(module: nn.Module, section: OptimizerSection, *, zero_stage: in
         weight_decay=section.weight_decay,
         fused=True,  # one pass over memory; on a CPU the loop over tensors takes several times as long
     )
-    settings = {
-        "train_micro_batch_size_per_gpu": section.micro_batch_size,
-        "gradient_accumulation_steps": gradient_accumulation_steps(section, world_size),
-        "gradient_clipping": section.gradient_clip,
-        "zero_optimization": {"stage": zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": trainable[0].dtype == torch.bfloat16},
-        "steps_per_print": 2**31,
-    }
+    if section.gradient_checkpointing:
+        _keep_layer_inputs_only(module)
+    settings = engine_settings(section, zero_stage=zero_stage, world_size=world_size, dtype=trainable[0].dtype)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
     # In bf16 without ZeRO, DeepSpeed makes the moments by a step on zeros: counted, it would halve the first update.
     for state in optimizer.state.values():
         if "step" in state:
             state["step"].zero_()
     return engine
+
+
+def engine_settings(
+    section: OptimizerSection, *, zero_stage: int, world_size: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """DeepSpeed's config of a training in `dtype`."""
+    zero: dict[str, Any] = {"stage": zero_stage}
+    if section.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    return {
+        "train_micro_batch_size_per_gpu": section.micro_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps(section, world_size),
+        "gradient_clipping": section.gradient_clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own would be compiled
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "steps_per_print": 2**31,
+    }
+
+
+def _keep_layer_inputs_only(module: nn.Module) -> None:
+    """Gradient checkpointing in the transformers models of a loss module. Raises ConfigError where one has none."""
+    from transformers import PreTrainedModel
+
+    for model in module.modules():
+        if isinstance(model, PreTrainedModel):
+            if not model.supports_gradient_checkpointing:
+                raise ConfigError(
+                    f"gradient_checkpointing: {type(model).__name__} has none in transformers: set it to false"
+                )
+            model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def begin_step(engine: Any, *, lr: float, stream: str) -> None:
@@ -116,28 +143,30 @@ def begin_step(engine: Any, *, lr: float, stream: str) -> None:
 
 def optimizer_step(
     engine: Any, micro_batches: Sequence[tuple[Any, float]], *, count: int, ranks: Ranks, section: str
-) -> tuple[float, float]:
+) -> tuple[list[float], float]:
     """One optimizer step over this rank's micro-batches, each with its weight; 0 where only the backward must run.
 
-    All ranks bring equally many. `count` is what the loss is a mean of, over all ranks. Returns the loss summed over
-    all ranks and the global gradient norm before clipping. Raises TrainingError naming `section` where one of them is
-    not finite: under ZeRO, which knows its norm only after the step, the weights in memory have then changed.
+    All ranks bring equally many. `count` is what the loss is a mean of, over all ranks. Returns what the module gives,
+    the loss first, summed over all ranks, and the global gradient norm before clipping. Raises TrainingError naming
+    `section` where one of them is not finite: under ZeRO, which knows its norm only after the step, the weights in
+    memory have then changed.
     """
     scale = ranks.world_size * len(micro_batches) / count
-    loss_sum = torch.zeros((), device=engine.device)
+    total = torch.zeros((), device=engine.device)
     for batch, weight in micro_batches:
-        loss = engine(batch) * weight
-        loss_sum += loss.detach()
-        engine.backward(loss * scale)
+        sums = engine(batch) * weight
+        total = total + sums.detach()
+        engine.backward(sums.flatten()[0] * scale)
         norm = _unclipped_norm(engine)
         _check_finite(norm, "gradient norm", section)
         engine.step()
     if ranks.world_size > 1:
-        torch.distributed.all_reduce(loss_sum)
+        torch.distributed.all_reduce(total)
     norm = float(engine.get_global_grad_norm()) if norm is None else norm
     _check_finite(norm, "gradient norm", section)
-    _check_finite(float(loss_sum), "loss", section)
-    return float(loss_sum), norm
+    parts: list[float] = total.flatten().tolist()
+    _check_finite(parts[0], "loss", section)
+    return parts, norm
 
 
 def _check_finite(value: float | None, what: str, section: str) -> None:
@@ -160,7 +189,7 @@ def _unclipped_norm(engine: Any) -> float | None:
 
 
 def learning_rate(step: int, training: OptimizerSection, *, max_steps: int) -> float:
-    """The rate of step `step` (from 1) of `max_steps`: linear warm-up, then the schedule over the steps that are left.
+    """The rate of step `step` (from 1) of `max_steps`: linear warm-up, the schedule, then `constant_steps` at `min_lr`.
 
     A function of progress alone, so that a resume needs no scheduler state.
     """
@@ -168,7 +197,10 @@ def learning_rate(step: int, training: OptimizerSection, *, max_steps: int) -> f
         return training.lr * step / training.warmup_steps
     if training.lr_schedule == "constant":
         return training.lr
-    progress = (step - training.warmup_steps - 1) / max(1, max_steps - training.warmup_steps - 1)
+    last = max_steps - training.constant_steps
+    if step > last:
+        return training.min_lr
+    progress = (step - training.warmup_steps - 1) / max(1, last - training.warmup_steps - 1)
     factor = 1 - progress if training.lr_schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
     return training.min_lr + (training.lr - training.min_lr) * factor
 

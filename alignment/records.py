@@ -46,6 +46,7 @@ def step_record(
         "optimizer_steps": result.optimizer_steps,
         "response_tokens": result.response_tokens,
         "loss": result.loss,
+        "kl": result.kl,
         "grad_norm": result.grad_norm,
         "lr": result.lr,
         "seconds": dict(seconds),

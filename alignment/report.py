@@ -19,7 +19,7 @@ from alignment.types import Checkpoint, JudgeRef, RewardModelRef
 
 REWARD_KEYS = ("reward_mean", "selected_reward_mean", "response_length_mean", "truncated_fraction")
 STEP_KEYS = ("step", *REWARD_KEYS, "loss", "grad_norm", "lr")
-SHADOW_KEYS = ("judge_mean", "selected_judge_mean")
+LATER_KEYS = ("judge_mean", "selected_judge_mean", "kl")
 BY_MODEL_KEYS = ("member_means", "selected_member_means", "shadow_means", "selected_shadow_means")
 """Of steps, and the first of each pair of validations, in runs in which several reward models score."""
 PHASES = ("rollouts", "scoring", "update")
@@ -188,7 +188,7 @@ def _step(record: Mapping[str, Any], validation_seconds: Mapping[int, float]) ->
     step = {key: _take(record, key, _name(record)) for key in STEP_KEYS}
     seconds = {phase: _take(record, f"seconds.{phase}", _name(record)) for phase in PHASES}
     # A run may go on from one whose steps were recorded before these were measured.
-    step |= {key: record.get(key) for key in SHADOW_KEYS}
+    step |= {key: record.get(key) for key in LATER_KEYS}
     step["scoring_server"] = {key: record.get("scoring_server", {}).get(key) for key in FIELDS}
     step |= _by_model(record)
     return step | {"seconds": seconds | {"validation": validation_seconds.get(step["step"], 0.0)}}

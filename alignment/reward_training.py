@@ -25,8 +25,8 @@ from alignment.engine import (
     learning_rate,
     optimizer_step,
 )
+from alignment.micro_batches import deal
 from alignment.reward_data import Example
-from alignment.update import deal
 from models.reward_losses import bradley_terry_loss_sum, margin_loss_sum, regression_loss_sum, scaled_loss_sum
 from models.reward_model import encode, forward_rows
 
@@ -142,7 +142,7 @@ def train_step(trainer: RewardTrainer, step: int) -> dict[str, Any]:
     accumulation = gradient_accumulation_steps(section, ranks.world_size)
     count = sum(e.count for e in batch)
     micro_batches = _micro_batches(trainer, batch, accumulation)
-    loss, norm = optimizer_step(engine, micro_batches, count=count, ranks=ranks, section="reward_training")
+    (loss,), norm = optimizer_step(engine, micro_batches, count=count, ranks=ranks, section="reward_training")
     engine.eval()
     return {"kind": "step", "step": step, "loss": loss / count, "grad_norm": norm, "lr": lr, "examples": len(batch)}
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from alignment.config_training import SftSection
 from alignment.engine import (
@@ -22,24 +22,11 @@ from alignment.engine import (
     learning_rate,
     optimizer_step,
 )
+from alignment.micro_batches import sequence_micro_batches
 from alignment.mixture import epoch_order
 from alignment.sft_data import SftData
 from alignment.types import TokenSequence
-from alignment.update import deal
-from models.packing import sequence_batch, sequence_loss_sum
-
-
-class SequenceLoss(nn.Module):
-    """A policy as a module whose forward is the summed loss of some sequences: what the engine wraps."""
-
-    def __init__(self, policy: nn.Module, row_tokens: int | None) -> None:
-        super().__init__()
-        self.policy, self.row_tokens = policy, row_tokens
-
-    def forward(self, sequences: Sequence[TokenSequence]) -> Tensor:
-        """Cross-entropy summed over the counted tokens, in nats; a scalar."""
-        device = next(self.policy.parameters()).device
-        return sequence_loss_sum(self.policy, sequence_batch(sequences, row_tokens=self.row_tokens, device=device))
+from models.sequence_loss import SequenceLoss
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +53,7 @@ class SftTrainer:
 
 def build_trainer(policy: nn.Module, section: SftSection, ranks: Ranks, data: SftData, *, seed: int) -> SftTrainer:
     """The engine around a policy whose trainable weights are where they should start."""
-    module = SequenceLoss(policy, section.max_tokens if section.packing == "rows" else None)
+    module = SequenceLoss(policy, packed=section.packing == "rows")
     engine = build_engine(module, section, zero_stage=section.zero_stage, world_size=ranks.world_size)
     engine.eval()
     return SftTrainer(engine, section, ranks, data, seed)
@@ -85,7 +72,7 @@ def train_step(trainer: SftTrainer, step: int) -> dict[str, Any]:
     batch = step_examples(trainer, step)
     micro_batches = _micro_batches(trainer, batch, gradient_accumulation_steps(section, ranks.world_size))
     count = sum(s.num_learned for s in batch)
-    loss, norm = optimizer_step(engine, micro_batches, count=count, ranks=ranks, section="sft")
+    (loss,), norm = optimizer_step(engine, micro_batches, count=count, ranks=ranks, section="sft")
     engine.eval()
     seconds, tokens = time.monotonic() - begun, sum(len(s.ids) for s in batch)
     return {
@@ -110,7 +97,7 @@ def validate(trainer: SftTrainer, step: int) -> list[dict[str, Any]]:
     passes = math.ceil(math.ceil(len(sequences) / trainer.section.micro_batch_size) / ranks.world_size)
     total = torch.zeros((), dtype=torch.float64, device=trainer.engine.device)
     for batch, weight in _micro_batches(trainer, sequences, passes):
-        total += module(batch).double() * weight
+        total += module(batch)[0].double() * weight
     if ranks.world_size > 1:
         torch.distributed.all_reduce(total)
     loss = float(total) / sum(s.num_learned for s in sequences)
@@ -128,26 +115,7 @@ def step_examples(trainer: SftTrainer, step: int) -> list[TokenSequence]:
 def _micro_batches(
     trainer: SftTrainer, batch: Sequence[TokenSequence], passes: int
 ) -> list[tuple[Sequence[TokenSequence], float]]:
-    """This rank's part as `passes` micro-batches with weight 1; a rank that runs short takes some of weight 0."""
-    section, ranks = trainer.section, trainer.ranks
-    if section.packing == "rows":
-        dealt = balanced(batch, section.micro_batch_size, passes * ranks.world_size)[ranks.rank :: ranks.world_size]
-    else:
-        dealt = deal(batch, section.micro_batch_size, ranks, passes, _length)
-    shortest = [min(batch, key=_length)]
-    return [(rows or shortest, 1.0 if rows else 0.0) for rows in dealt]
-
-
-def balanced(batch: Sequence[TokenSequence], size: int, count: int) -> list[Sequence[TokenSequence]]:
-    """The batch in `count` groups of at most `size` each, of about as many tokens: packed, they take equally long."""
-    groups: list[list[TokenSequence]] = [[] for _ in range(count)]
-    tokens = [0] * count
-    for sequence in sorted(batch, key=_length, reverse=True):
-        smallest = min((i for i in range(count) if len(groups[i]) < size), key=tokens.__getitem__)
-        groups[smallest].append(sequence)
-        tokens[smallest] += len(sequence.ids)
-    return list(groups)
-
-
-def _length(sequence: TokenSequence) -> int:
-    return len(sequence.ids)
+    section = trainer.section
+    return sequence_micro_batches(
+        batch, section.micro_batch_size, trainer.ranks, passes, packed=section.packing == "rows"
+    )

@@ -48,7 +48,7 @@ def work(config: Config, folder: RunFolder, stop: Stop) -> None:
         restore_moments(checkpoint, trainer.engine, ranks, own.zero_stage)
     policy = trainer.engine.module.policy
     if own.packing == "rows":
-        check_packing(policy, vocabulary=policy.config.vocab_size, device=trainer.engine.device)
+        check_packing(policy)
     fitting = Fitting(
         events="sft",
         engine=trainer.engine,

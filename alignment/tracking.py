@@ -39,6 +39,7 @@ STEP_NAMES = {
     "train_rollouts/num_selected": "num_selected",
     "train_rollouts/tokens_per_second": "tokens_per_second",
     "train_optim/loss": "loss",
+    "train_optim/kl": "kl",
     "train_optim/grad_norm": "grad_norm",
     "train_optim/lr": "lr",
     "train_optim/response_tokens": "response_tokens",

@@ -17,9 +17,10 @@ from alignment.mix_in import load_mix_in, mixed
 from alignment.preparation import cache_folder, load_prompt_sets
 from alignment.provenance import describe_base, keep_manifests, provenance
 from alignment.run_folder import RunFolder
+from alignment.trained_policy import load, trained_model, write_adapters
 from alignment.types import Checkpoint, Rollout, StepUpdate
-from alignment.update import ResponseLoss
 from alignment.update import update as run_update
+from models.adapters import copy_weights
 from models.checkpoints import (
     last_checkpoint,
     prune,
@@ -30,13 +31,18 @@ from models.checkpoints import (
     staging_folder,
     write_optimizer_state,
 )
-from models.policy import Policy, load_policy
+from models.packing import packing_leak
+from models.policy import Policy
 from models.quiet import quiet_transformers
+from models.sequence_loss import SequenceLoss
 
 
 @dataclass(frozen=True, slots=True)
 class Trainer:
     """One rank's hold on the policy; only the weights and moments inside `policy` and `engine` change.
+
+    `policy` is what is sampled and saved. Where what is trained is something else (adapters, or weights that ZeRO-3
+    has sharded), it is a copy that follows after each update.
 
     `start` is the number of RS steps that the loaded checkpoint has behind it, `validated` whether it was
     validated after them, `total_steps` the RS steps of the whole run. `lost_moments` says why AdamW's moments
@@ -97,9 +103,13 @@ def load_trainer(config: Config, run: RunFolder, ranks: Ranks) -> Trainer:
     base_source = policy_folder(config.policy.model, cache_folder(config))
     source = checkpoint.uri if checkpoint else base_source
     training = config.training
-    policy = _load(config, source)
-    base = _load(config, base_source).model if training.kl_penalty else None
-    loss = ResponseLoss(policy.model, base, training.kl_penalty)
+    policy = load(config, source)
+    trained = trained_model(config, policy, base_source, checkpoint)
+    # Adapters need no other base than the model that they were added to.
+    has_base = training.kl_penalty > 0 and not training.lora_rank
+    base = load(config, base_source).model if has_base else None
+    packed = packing_leak(policy.model) == 0
+    loss = SequenceLoss(trained, packed=packed, base=base, kl_penalty=training.kl_penalty)
     engine = build_engine(loss, training, zero_stage=training.zero_stage, world_size=ranks.world_size)
     lost_moments = _lost_moments(manifest, config, ranks)
     if checkpoint and not lost_moments:
@@ -120,11 +130,6 @@ def load_trainer(config: Config, run: RunFolder, ranks: Ranks) -> Trainer:
     )
 
 
-def _load(config: Config, source: Path | str) -> Policy:
-    device = "cuda" if config.resources.gpu else "cpu"
-    return load_policy(source, prompt_format=config.policy.prompt_format, device=device, dtype=config.policy.dtype)
-
-
 def _lost_moments(manifest: Mapping[str, Any], config: Config, ranks: Ranks) -> str:
     """Why a checkpoint's optimizer state cannot go on here; "" where it can. It is cut by ranks and ZeRO stage."""
     if not manifest["step"]:
@@ -141,15 +146,18 @@ def _lost_moments(manifest: Mapping[str, Any], config: Config, ranks: Ranks) -> 
 def train_step(trainer: Trainer, selected: Sequence[Rollout], step: int) -> StepUpdate:
     """The update of RS step `step` (from 1) on the selected rollouts, the same list on every rank, and the mix-in."""
     training = trainer.config.training
-    return run_update(
+    result = run_update(
         trainer.engine,
         mixed(selected, trainer.demonstrations, trainer.config, step),
         training,
         trainer.ranks,
         lr=learning_rate(step, training, max_steps=trainer.total_steps),
-        pad_id=trainer.policy.eos_ids[0],
         stream=f"{trainer.config.seed}/step-{step}",
     )
+    trained = trainer.engine.module.policy
+    if trained is not trainer.policy.model and result.optimizer_steps:
+        copy_weights(trained, trainer.policy.model)
+    return result
 
 
 def save_checkpoint(trainer: Trainer, step: int, *, update: StepUpdate | None = None) -> Checkpoint | None:
@@ -164,6 +172,8 @@ def save_checkpoint(trainer: Trainer, step: int, *, update: StepUpdate | None = 
             _write_policy(trainer.policy, staging)
         trainer.barrier()
         write_optimizer_state(staging, trainer.ranks.rank, optimizer_tensors(trainer.engine))
+        if training.lora_rank:
+            write_adapters(trainer.engine.module.policy, staging, is_writer=trainer.is_writer)
         trainer.barrier()
         checkpoint = None
         if trainer.is_writer:

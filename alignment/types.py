@@ -172,13 +172,15 @@ class Decision:
 class StepUpdate:
     """One RS step's fine-tuning: sums over its optimizer steps.
 
-    `loss` is nats per response token, `grad_norm` the largest norm before clipping, `lr` the rate used.
+    `loss` is nats per response token, a KL penalty included; `kl` is the KL to the base of the texts trained on, nats
+    per response token, None without a penalty. `grad_norm` is the largest norm before clipping, `lr` the rate used.
     An empty selection gives `optimizer_steps` 0 and no loss.
     """
 
     optimizer_steps: int
     response_tokens: int
     loss: float | None
+    kl: float | None
     grad_norm: float | None
     lr: float
 

@@ -23,7 +23,7 @@ from benchmarks import reward_setup
 from benchmarks.in_process import LocalRewardModel
 from benchmarks.results import Result, record, result, speedups, table
 from benchmarks.rounds import Note, interleaved
-from benchmarks.update_setup import TRAINING, start, step_on
+from benchmarks.update_setup import TRAINING, engine_for, start
 from models.policy import Policy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,18 +32,22 @@ COMMAND = "python -m benchmarks.rs_step"
 
 @dataclass(frozen=True)
 class Step:
-    """What both sides start from, and the optimizer step on what was kept."""
+    """What both sides start from, and the engine that trains on what was kept."""
 
     config: Config
     policy: Policy
     prompts: Sequence[Prompt]
-    update: Any
+    engine: Any
 
     def train(self, scored: Sequence[ScoredRollout]) -> list[float]:
         """Select, update; returns nothing to compare, since the sides' samples differ."""
+        from alignment.engine import Ranks
         from alignment.rs_step import decide
+        from alignment.update import update
 
-        self.update([r for r, d in zip(scored, decide(self.config, scored), strict=True) if d.selected])
+        selected = [r for r, d in zip(scored, decide(self.config, scored), strict=True) if d.selected]
+        training = self.config.training
+        update(self.engine, selected, training, Ranks(0, 1), lr=training.lr, stream="bench")
         return []
 
 
@@ -59,7 +63,7 @@ def compare(config: Config, rounds: int, note: Note) -> Result:
     local = reward_setup.default_reward_model(config.reward.max_tokens, threads)
     policy = load_policy(folder, prompt_format="text")
     prompts = review_prompts("imdb:prompts")[: config.rollouts.num_rollout_samples]
-    step = Step(config, policy, prompts, step_on(policy.model, config.training.model_copy(update=TRAINING)))
+    step = Step(config, policy, prompts, engine_for(policy.model, config.training))
     with tempfile.TemporaryDirectory(prefix="rs-step-") as scratch:
         weights = reward_setup.export(local, Path(scratch) / "repository")
         log = Path(scratch) / "log"
@@ -77,8 +81,8 @@ def compare(config: Config, rounds: int, note: Note) -> Result:
             padded.close()
     rule = config.rollouts
     against = (
-        f"NeMo-Aligner's way, in transformers: one sample a prompt at a time, {PROMPTS} prompts a micro-batch, scored in "
-        f"padded rows before the next ({len(prompts)} prompts x {rule.num_rollouts_per_prompt} samples x "
+        f"NeMo-Aligner's way, in transformers: one sample a prompt at a time, {PROMPTS} prompts a micro-batch, scored "
+        f"in padded rows before the next ({len(prompts)} prompts x {rule.num_rollouts_per_prompt} samples x "
         f"{rule.max_new_tokens} tokens)"
     )
     ratios = speedups(seconds["theirs"], seconds["ours"])
@@ -121,7 +125,10 @@ def main() -> int:
     lines = ProgressLines(total_steps=1)
     sets = [f"rollouts.num_rollout_samples={options.prompts}", f"resources.threads={options.threads}"]
     try:
-        config = load_config(ROOT / "configs" / "imdb_sentiment.yaml", [*sets, "training.kl_penalty=0"])
+        config = load_config(
+            ROOT / "configs" / "imdb_sentiment.yaml",
+            [*sets, *(f"training.{k}={v}" for k, v in TRAINING.items()), "training.kl_penalty=0"],
+        )
         made = compare(config, options.rounds, lambda text: lines.update({"kind": "note", "text": text}))
     except AlignmentError as error:
         print(error, file=sys.stderr)

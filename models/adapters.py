@@ -4,7 +4,7 @@ LoRA (Hu et al. 2021, arXiv 2106.09685) through the library peft, on all linear 
 whole, a causal LM's stays as it is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -41,12 +41,36 @@ def merge_lora(model: Any) -> PreTrainedModel:
     return merged
 
 
+def causal_lm(model: Any) -> Any:
+    """The causal LM that adapters were put into, which calls them; the model itself without."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@torch.no_grad()
+def copy_weights(trained: nn.Module, policy: nn.Module) -> None:
+    """Put the weights of a policy under training, its adapters added to them, into a plain one of its architecture.
+
+    Under ZeRO-3 all ranks must call it: each parameter is gathered.
+    """
+    modules = dict(causal_lm(trained).named_modules())
+    for name, parameter in policy.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        module = modules[path]
+        with _whole(list(module.parameters(recurse=hasattr(module, "get_delta_weight")))):
+            if not hasattr(module, "get_delta_weight"):
+                parameter.copy_(getattr(module, leaf))
+            elif leaf == "weight":
+                parameter.copy_(module.base_layer.weight + module.get_delta_weight("default"))
+            else:
+                parameter.copy_(getattr(module.base_layer, leaf))
+
+
 def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the trainable parameters by name. Under ZeRO-3 all ranks must call it: each parameter is gathered."""
     tensors = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            with _whole(parameter):
+            with _whole([parameter]):
                 tensors[name] = parameter.detach().cpu().clone()
     return tensors
 
@@ -67,10 +91,10 @@ def load_trainable(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             parameter.copy_(tensors[name])
 
 
-def _whole(parameter: nn.Parameter) -> Any:
-    """A context in which a parameter that ZeRO-3 has sharded is whole on every rank."""
-    if not hasattr(parameter, "ds_id"):
+def _whole(parameters: Sequence[nn.Parameter]) -> Any:
+    """A context in which parameters that ZeRO-3 has sharded are whole on every rank."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(parameter)
+    return deepspeed.zero.GatheredParameters(parameters)

@@ -1,37 +1,36 @@
 """Losses and divergences, as pure functions of tensors.
 
-Legend: B sequences, R response positions, V vocabulary.
+Legend: N tokens that the loss counts, V vocabulary.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def response_loss_sum(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """Cross-entropy summed over response tokens, in nats.
+def response_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy summed over tokens, in nats.
 
     The sum, not the mean: the update divides by the token count of the whole optimizer step, so that the
     loss does not depend on how the step was cut into micro-batches.
 
-    Shape: logits (B, R, V), targets (B, R), mask (B, R) bool; returns a scalar in float32.
+    Shape: logits (N, V), targets (N,); returns a scalar in float32.
     """
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-    # where, not a product: a padded position may hold inf, and inf times 0 is nan.
-    return torch.where(mask.flatten(), losses, 0.0).sum()
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def penalised_loss_sum(logits: Tensor, base_logits: Tensor, targets: Tensor, mask: Tensor, kl_penalty: float) -> Tensor:
-    """`response_loss_sum` plus `kl_penalty` times the exact KL(policy ‖ base) summed over response tokens, in nats.
+def penalised_loss_sum(
+    logits: Tensor, base_logits: Tensor, targets: Tensor, kl_penalty: float
+) -> tuple[Tensor, Tensor]:
+    """`response_loss_sum` plus `kl_penalty` times the exact KL(policy ‖ base), and that KL; sums over tokens, nats.
 
     The penalty is that of RLHF's objective (Ziegler et al., "Fine-Tuning Language Models from Human Preferences",
     2019, eq. 2), taken over the whole vocabulary at each position instead of at the sampled token: it costs one
     forward pass of the base and has no sampling noise of its own.
 
-    Shape: logits and base_logits (B, R, V), targets (B, R), mask (B, R) bool; returns a scalar in float32.
+    Shape: logits and base_logits (N, V), targets (N,); returns scalars in float32.
     """
-    divergence = torch.where(mask, token_kl(logits, base_logits), 0.0).sum()
-    return response_loss_sum(logits, targets, mask) + kl_penalty * divergence
+    divergence = token_kl(logits, base_logits).sum()
+    return response_loss_sum(logits, targets) + kl_penalty * divergence, divergence
 
 
 def token_kl(logits: Tensor, base_logits: Tensor) -> Tensor:
@@ -39,7 +38,7 @@ def token_kl(logits: Tensor, base_logits: Tensor) -> Tensor:
 
     KL = Σ_v p(v) (log p(v) − log q(v)) over the whole vocabulary, at temperature 1.
 
-    Shape: both (B, R, V); returns (B, R).
+    Shape: both (…, V); returns (…).
     """
     log_p = F.log_softmax(logits.float(), dim=-1)
     log_q = F.log_softmax(base_logits.float(), dim=-1)

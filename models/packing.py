@@ -1,14 +1,14 @@
-"""How sequences are laid out for supervised fine-tuning: one a row, or several end to end in a row.
+"""How sequences are laid out for training: one a row, or several end to end in a row.
 
-    none    | p p r r r eos pad |        each example its own row, padded on the right
-    rows    | p p r r r eos | p r r eos |        several in a row; positions restart with each
+    padded  | p p r r r eos pad |                each its own row, padded on the right
+    packed  | p p r r r eos | p r r eos |        several in a row; positions restart with each
 
 Neither carries an attention mask. Padding on the right is behind everything a causal model looks back at. In a row of
 several, transformers sees where positions restart and lets no sequence attend to another; an explicit mask would take
 the place of a model's own (sliding windows, for one). Models that know nothing of positions (recurrent ones, ALiBi) or
-count them themselves would leak from one sequence to the next: `check_packing` finds them out.
+count them themselves would leak from one sequence to the next: `packing_leak` finds them out.
 
-Legend: B rows, T tokens, C columns in which at least one row predicts a counted token, V vocabulary.
+Legend: B rows, T tokens, N counted tokens.
 """
 
 from collections.abc import Sequence
@@ -20,54 +20,57 @@ from torch import Tensor, nn
 
 from alignment.errors import ConfigError
 from alignment.types import TokenSequence
-from models.losses import response_loss_sum
 
 PROBE_LENGTHS = (5, 7)
-"""Tokens of the two sequences that `check_packing` lays end to end."""
+"""Tokens of the two sequences that `packing_leak` lays end to end."""
+
+MOST_PADDING = 0.05
+"""Share of a packed batch that may be padding. Fewer rows would hold less of it, at more attention per token."""
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceBatch:
     """Rows of token ids and what of them is predicted. `position_ids` is None where each row is one sequence.
 
-    Shape: input_ids, position_ids (B, T); columns (C,); targets, learned (B, C).
+    `predicts` are the places, counted row by row, whose next token the loss counts.
+    Shape: input_ids, position_ids (B, T); predicts, targets (N,).
     """
 
     input_ids: Tensor
     position_ids: Tensor | None
-    columns: Tensor
+    predicts: Tensor
     targets: Tensor
-    learned: Tensor
 
 
-def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """Indices of sequences by row: the longest first, each into the first row with room (first fit decreasing).
+def pack(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of sequences by row: as many rows of about one length as keep padding below `MOST_PADDING`.
 
-    A sequence that is longer than `row_tokens` gets a row to itself.
+    The longest first, each into the shortest row. Attention costs a row's length squared: hence many rows, not one.
     """
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = next((row for row, left in enumerate(room) if lengths[i] <= left), None)
-        if place is None:
-            rows.append([i])
-            room.append(row_tokens - lengths[i])
-        else:
-            rows[place].append(i)
-            room[place] -= lengths[i]
+    total, order = sum(lengths), sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    most = int(total / ((1 - MOST_PADDING) * max(lengths)))
+    for count in range(min(most, len(lengths)), 0, -1):
+        rows: list[list[int]] = [[] for _ in range(count)]
+        filled = [0] * count
+        for i in order:
+            shortest = filled.index(min(filled))
+            rows[shortest].append(i)
+            filled[shortest] += lengths[i]
+        if total >= (1 - MOST_PADDING) * count * max(filled):
+            break
     return rows
 
 
 def sequence_batch(
-    sequences: Sequence[TokenSequence], *, row_tokens: int | None, device: torch.device | str = "cpu"
+    sequences: Sequence[TokenSequence], *, packed: bool, device: torch.device | str = "cpu"
 ) -> SequenceBatch:
-    """Sequences as a batch: one a row, or packed into rows of at most `row_tokens` tokens."""
-    packed = pack([len(s.ids) for s in sequences], row_tokens) if row_tokens else [[i] for i in range(len(sequences))]
-    rows = [[sequences[i] for i in row] for row in packed]
+    """Sequences as a batch: one a row, or packed into rows of about one length."""
+    order = pack([len(s.ids) for s in sequences]) if packed else [[i] for i in range(len(sequences))]
+    rows = [[sequences[i] for i in row] for row in order]
     width = max(sum(len(s.ids) for s in row) for row in rows)
     shape = (len(rows), width)
     ids = torch.zeros(shape, dtype=torch.long)  # of padding any token will do: nothing looks at it
-    positions = torch.arange(width).repeat(len(rows), 1)
+    positions = torch.zeros(shape, dtype=torch.long)  # padding: a token that looks at itself, within any context
     targets, learned = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
     for i, row in enumerate(rows):
         tokens = torch.tensor(list(chain.from_iterable(s.ids for s in row)))
@@ -77,50 +80,44 @@ def sequence_batch(
         targets[i, : len(tokens) - 1], learned[i, : len(tokens) - 1] = tokens[1:], counted[1:]
         start = 0
         for sequence in row:
-            positions[i, start:] = torch.arange(width - start)  # the padding goes on from the last sequence
+            positions[i, start : start + len(sequence.ids)] = torch.arange(len(sequence.ids))
             start += len(sequence.ids)
-    columns = learned.any(dim=0).nonzero().squeeze(1)
+    predicts = learned.flatten().nonzero().squeeze(1)
     return SequenceBatch(
         input_ids=ids.to(device),
-        position_ids=positions.to(device) if row_tokens else None,
-        columns=columns.to(device),
-        targets=targets[:, columns].to(device),
-        learned=learned[:, columns].to(device),
+        position_ids=positions.to(device) if packed else None,
+        predicts=predicts.to(device),
+        targets=targets.flatten()[predicts].to(device),
     )
 
 
-def sequence_logits(model: nn.Module, batch: SequenceBatch) -> Tensor:
-    """Logits in the columns that predict a counted token; the output head is spared the others. Shape: (B, C, V)."""
-    positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-    output = model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=batch.columns, **positions)
-    logits: Tensor = output.logits
-    return logits
-
-
-def sequence_loss_sum(model: nn.Module, batch: SequenceBatch) -> Tensor:
-    """Cross-entropy summed over the counted tokens, in nats; a scalar in float32."""
-    return response_loss_sum(sequence_logits(model, batch), batch.targets, batch.learned)
-
-
 @torch.no_grad()
-def check_packing(model: nn.Module, *, vocabulary: int, device: torch.device | str = "cpu") -> None:
-    """Raise ConfigError where a packed sequence reads as another than it does alone: its logits tell.
+def packing_leak(model: nn.Module) -> float:
+    """How far logits of a packed sequence move with what stands before it; 0 where it reads as it does alone.
 
     Under ZeRO-3 all ranks must call it. The model must be in evaluation mode.
     """
+    parameter = next(model.parameters())
+    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
     first, second = PROBE_LENGTHS
     ids = torch.arange(first + second) * 37 % vocabulary
     other = torch.cat([(ids[:first] + 1) % vocabulary, ids[first:]])
-    packed = torch.stack([ids, other]).to(device)
-    positions = torch.cat([torch.arange(first), torch.arange(second)]).repeat(2, 1).to(device)
+    packed = torch.stack([ids, other]).to(parameter.device)
+    positions = torch.cat([torch.arange(first), torch.arange(second)]).repeat(2, 1).to(parameter.device)
     logits = model(input_ids=packed, position_ids=positions, use_cache=False).logits[:, first:].float()
     alone = model(input_ids=packed[:1, first:], use_cache=False).logits[0].float()
     # Rounding differs with the shape of the batch; bfloat16 keeps 8 bits.
-    share = 0.05 if next(model.parameters()).dtype == torch.bfloat16 else 1e-3
+    share = 0.05 if parameter.dtype == torch.bfloat16 else 1e-3
     scale = float(alone.abs().max())
     leak, shift = float((logits[0] - logits[1]).abs().max()), float((logits[0] - alone).abs().max())
-    if leak > 1e-5 * scale or shift > share * scale:
+    return max(leak, shift) if leak > 1e-5 * scale or shift > share * scale else 0.0
+
+
+def check_packing(model: nn.Module) -> None:
+    """Raise ConfigError where packed sequences leak into each other; see `packing_leak`."""
+    leak = packing_leak(model)
+    if leak:
         raise ConfigError(
             f"sft.packing (rows): this policy's architecture does not keep packed sequences apart (logits move by "
-            f"{max(leak, shift):.2g} with what stands before): set sft.packing=none"
+            f"{leak:.2g} with what stands before): set sft.packing=none"
         )

@@ -24,6 +24,7 @@ import reward_runs
 from alignment import colocated, evaluation_stage, worker
 from alignment.atomic_files import write_json
 from alignment.config import Config, parse_config
+from alignment.engine import engine_settings
 from alignment.errors import AlignmentError
 from alignment.judge_stage import prepare_judge
 from alignment.lifeline import Stop
@@ -212,6 +213,34 @@ def engine_says(method: str) -> Any:
     return lambda config: getattr(iteration(config).trainer.engine, method)()
 
 
+def keeps_layer_inputs_only(config: Config) -> bool:
+    """Whether the policy is trained with gradient checkpointing."""
+    return iteration(config).trainer.engine.module.policy.is_gradient_checkpointing
+
+
+def offloads(name: str) -> Any:
+    """Whether a section's engine would keep AdamW's state on the host: of DeepSpeed's config, as here is no GPU."""
+
+    def look(config: Config) -> bool:
+        section = getattr(config, name)
+        settings = engine_settings(section, zero_stage=section.zero_stage, world_size=1, dtype=torch.bfloat16)
+        return settings["zero_optimization"].get("offload_optimizer", {}).get("device") == "cpu"
+
+    return look
+
+
+def trained_policy_weights(config: Config) -> int:
+    """How many weights of the policy are trained."""
+    trained = iteration(config).trainer.engine.module.policy
+    return sum(p.numel() for p in trained.parameters() if p.requires_grad)
+
+
+def policy_adapter_scale(config: Config) -> set[float]:
+    """The scales of the policy's adapters."""
+    modules = iteration(config).trainer.engine.module.policy.modules()
+    return {scale for m in modules if isinstance(getattr(m, "scaling", None), dict) for scale in m.scaling.values()}
+
+
 def shadow_means(config: Config) -> set[str]:
     """The shadows whose means the first RS step's record and the validation's have."""
     records = [m for m in iteration(config).metrics if m["kind"] in ("step", "validation")]
@@ -384,6 +413,15 @@ def reward_examples(role: str) -> Any:
 
 def reward_engine(method: str) -> Any:
     """What DeepSpeed's engine says of itself after one optimizer step of the reward model."""
+    return _reward_engine(lambda engine: getattr(engine, method)())
+
+
+def reward_model_keeps_layer_inputs_only(config: Config) -> bool:
+    """Whether the reward model is trained with gradient checkpointing."""
+    return _reward_engine(lambda engine: engine.module.model.is_gradient_checkpointing)(config)
+
+
+def _reward_engine(method: Any) -> Any:
 
     def look(config: Config) -> Any:
         seen = []
@@ -395,7 +433,7 @@ def reward_engine(method: str) -> Any:
         with patch("alignment.reward_training.build_trainer", build_stand_in):
             folder = Path(config.run.root) / f"reward-training-{next(_numbers)}"
             reward_runs.work(config, folder, reward_runs.StopAfter(0))
-        return getattr(seen[0].engine, method)()
+        return method(seen[0].engine)
 
     return look
 

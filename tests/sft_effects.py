@@ -58,8 +58,12 @@ def steps(config: Config) -> int:
     return run(config).trainers[0].total_steps
 
 
-def row_tokens(config: Config) -> int | None:
-    return run(config).trainers[0].engine.module.row_tokens
+def packed(config: Config) -> bool:
+    return run(config).trainers[0].engine.module.packed
+
+
+def keeps_layer_inputs_only(config: Config) -> bool:
+    return run(config).trainers[0].engine.module.policy.is_gradient_checkpointing
 
 
 def rates(config: Config) -> list[float]:

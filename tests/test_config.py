@@ -104,6 +104,16 @@ def test_each_bad_value_is_one_line_with_key_value_and_remedy() -> None:
         ),
         (["training.min_lr=0.1"], "training.min_lr (0.1) must be <= training.lr (0.001)"),
         (
+            ["training.constant_steps=1"],
+            "training.constant_steps (1) end a linear or cosine schedule, and training.lr_schedule is constant: set "
+            "training.constant_steps=0",
+        ),
+        (
+            ["training.offload_optimizer=true", "training.zero_stage=1"],
+            "training.offload_optimizer needs GPUs, whose memory it spares, and DeepSpeed's ZeRO: set "
+            "resources.gpu >= 1 (now 0) and training.zero_stage >= 1 (now 1)",
+        ),
+        (
             ["reward_ensemble.members={other: 1, third/2: 1}"],
             "reward_ensemble.members (other, third/2) must hold reward.name (reward_model), without a version, and at "
             "least one more: add them, or leave it empty",
@@ -226,6 +236,13 @@ class Effect(NamedTuple):
 
 THREE_STEPS = "loop.steps_per_iteration=3"
 MEMORY = ("resources.memory=8000",)  # Metaflow raises what is below its own default for Kubernetes
+
+
+def on_gpus(section):
+    """What a section's settings for GPUs need besides."""
+    return ("resources.gpu=1", f"{section}.zero_stage=2")
+
+
 RATED = ("reward_training.train={root}/margins.jsonl",)
 REGRESSION = (
     "reward_training.train={root}/ratings.jsonl", "reward_training.loss=regression", "reward_training.attributes=[good]"
@@ -311,6 +328,13 @@ EFFECTS = {
     "reward_training.lr_schedule": Effect("constant", see.export_says("digest")),
     "reward_training.warmup_steps": Effect(1, see.export_says("digest")),
     "reward_training.min_lr": Effect(1e-3, see.export_says("digest")),
+    "reward_training.constant_steps": Effect(
+        1, see.export_says("digest"), also=("reward_training.lr_schedule=linear", "reward_training.epochs=2")
+    ),
+    "reward_training.gradient_checkpointing": Effect(True, see.reward_model_keeps_layer_inputs_only, True),
+    "reward_training.offload_optimizer": Effect(
+        True, see.offloads("reward_training"), True, on_gpus("reward_training")
+    ),
     "reward_training.weight_decay": Effect(0.5, see.export_says("digest")),
     "reward_training.beta1": Effect(0.5, see.export_says("digest")),
     "reward_training.beta2": Effect(0.5, see.export_says("digest")),
@@ -325,7 +349,7 @@ EFFECTS = {
     "sft.turns": Effect("last", sft.told("trained on", "learned_tokens"), [6 * 2], (*CHAT, CHAT_DATA)),
     "sft.chat_template": Effect("{% for m in messages %}{{ m.content }}{% endfor %}", sft.first_example, also=CHAT),
     "sft.max_tokens": Effect(24, sft.told("trained on", "examples")),
-    "sft.packing": Effect("rows", sft.row_tokens, 128),
+    "sft.packing": Effect("rows", sft.packed, True),
     "sft.epochs": Effect(2, sft.steps, 10),
     "sft.max_steps": Effect(4, sft.steps, 4),
     "sft.val_check_interval": Effect(6, sft.validations, [0, 6, 12, 15]),
@@ -337,6 +361,9 @@ EFFECTS = {
     "sft.lr_schedule": Effect("constant", sft.rates, [0.003] * 15),
     "sft.warmup_steps": Effect(2, sft.rates),
     "sft.min_lr": Effect(1e-3, sft.rates),
+    "sft.constant_steps": Effect(3, sft.rates),
+    "sft.gradient_checkpointing": Effect(True, sft.keeps_layer_inputs_only, True),
+    "sft.offload_optimizer": Effect(True, see.offloads("sft"), True, on_gpus("sft")),
     "sft.weight_decay": Effect(0.5, sft.weights),
     "sft.beta1": Effect(0.5, sft.weights),
     "sft.beta2": Effect(0.5, sft.weights),
@@ -350,16 +377,21 @@ EFFECTS = {
     "training.lr_schedule": Effect("linear", see.rates, [0.001, 0.000667, 0.000333, 0.0]),
     "training.warmup_steps": Effect(2, see.rates, [0.0005, 0.001, 0.001, 0.001]),
     "training.min_lr": Effect(4e-4, see.rates, [0.001, 0.0008, 0.0006, 0.0004], ("training.lr_schedule=linear",)),
+    "training.constant_steps": Effect(1, see.rates, [0.001, 0.0005, 0.0, 0.0], ("training.lr_schedule=linear",)),
     "training.weight_decay": Effect(0.1, see.optimizer_group, (0.1, 0.9, 0.98)),
     "training.beta1": Effect(0.5, see.optimizer_group, (0.01, 0.5, 0.98)),
     "training.beta2": Effect(0.9, see.optimizer_group, (0.01, 0.9, 0.9)),
     "training.gradient_clip": Effect(1e-3, see.weights),
     "training.global_batch_size": Effect(2, see.optimizer_steps, [2, 2]),
     "training.micro_batch_size": Effect(1, see.engine_says("train_micro_batch_size_per_gpu"), 1),
+    "training.gradient_checkpointing": Effect(True, see.keeps_layer_inputs_only, True),
+    "training.offload_optimizer": Effect(True, see.offloads("training"), True, on_gpus("training")),
+    "training.lora_rank": Effect(2, see.trained_policy_weights),
+    "training.lora_alpha": Effect(4, see.policy_adapter_scale, {2.0}, ("training.lora_rank=2",)),
     "training.sft_mix": Effect("toy:demonstrations", see.weights),
     "training.num_sft_examples": Effect(4, see.optimizer_steps, [2, 2], ("training.sft_mix=toy:demonstrations",)),
     "training.kl_penalty": Effect(10.0, see.weights),
-    "training.zero_stage": Effect(1, see.engine_says("zero_optimization_stage"), 1),
+    "training.zero_stage": Effect(3, see.engine_says("zero_optimization_stage"), 3),
     "loop.max_steps": Effect(3, see.last_steps, [2, 3]),
     "loop.max_epochs": Effect(1, see.last_steps, [20, 20], ("loop.max_steps=30", "loop.steps_per_iteration=30")),
     "loop.max_time_per_run": Effect("00:00:01:30", see.ends_at, 1090.0),

@@ -19,7 +19,8 @@ from transformers import (
 
 from alignment.errors import ConfigError
 from alignment.types import TokenSequence
-from models.packing import check_packing, pack, sequence_batch, sequence_logits, sequence_loss_sum
+from models.packing import MOST_PADDING, check_packing, pack, packing_leak, sequence_batch
+from models.sequence_loss import SequenceLoss
 from tiny import VOCABULARY, random_rows, tiny_llama
 
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -63,18 +64,18 @@ def test_packed_padded_and_single_losses_are_those_by_hand(model):
     with torch.no_grad():
         expected = sum(loss_by_hand(model, s) for s in sequences())
         tokens = sum(s.num_learned for s in sequences())
-        for row_tokens in (None, 12, 16, 34):
-            batch = sequence_batch(sequences(), row_tokens=row_tokens)
-            assert int(batch.learned.sum()) == tokens
-            assert float(sequence_loss_sum(model, batch)) / tokens == pytest.approx(expected / tokens, abs=1e-5)
+        for packed in (False, True):
+            assert len(sequence_batch(sequences(), packed=packed).targets) == tokens
+            loss = float(SequenceLoss(model, packed=packed)(sequences()))
+            assert loss / tokens == pytest.approx(expected / tokens, abs=1e-5)
 
 
 @MODELS
 def test_gradients_are_equal_packed_and_padded(model):
     gradients = []
-    for row_tokens in (None, 40):
+    for packed in (False, True):
         model.zero_grad()
-        sequence_loss_sum(model, sequence_batch(sequences(), row_tokens=row_tokens)).backward()
+        SequenceLoss(model, packed=packed)(sequences())[0].backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     for padded, packed in zip(*gradients, strict=True):
         torch.testing.assert_close(padded, packed, atol=1e-4, rtol=1e-4)
@@ -84,44 +85,62 @@ def test_gradients_are_equal_packed_and_padded(model):
 def test_nothing_leaks_from_one_sequence_to_another(model):
     first, second = sequences((6, 5))
     changed = TokenSequence(tuple((i + 1) % VOCABULARY for i in first.ids), first.learned)
+    batches = [sequence_batch([s, second], packed=True) for s in (first, changed)]
+    assert batches[0].input_ids.shape == (1, 11)
     with torch.no_grad():
-        one, other = (sequence_logits(model, sequence_batch([s, second], row_tokens=11)) for s in (first, changed))
-    columns = sequence_batch([first, second], row_tokens=11).columns >= 6
-    assert torch.equal(one[:, columns], other[:, columns])
+        one, other = (
+            model(input_ids=b.input_ids, position_ids=b.position_ids, use_cache=False).logits for b in batches
+        )
+    assert torch.equal(one[:, 6:], other[:, 6:])
     assert not torch.equal(one, other)
 
 
 def test_the_layout_by_hand():
     a = TokenSequence((10, 11, 12), (False, True, True))
     b = TokenSequence((20, 21), (False, True))
-    c = TokenSequence((30, 31, 32, 33), (False, False, False, True))
-    batch = sequence_batch([a, b, c], row_tokens=5)  # the longest first, then what fits beside it
-    assert batch.input_ids.tolist() == [[30, 31, 32, 33, 0], [10, 11, 12, 20, 21]]
+    c = TokenSequence((30, 31, 32, 33, 34), (False, False, False, True, True))
+    batch = sequence_batch([a, b, c], packed=True)  # the longest first, each into the shortest row
+    assert batch.input_ids.tolist() == [[30, 31, 32, 33, 34], [10, 11, 12, 20, 21]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 0, 1]]
-    assert batch.columns.tolist() == [0, 1, 2, 3]
-    assert batch.targets[batch.learned].tolist() == [33, 11, 12, 21]
-    assert batch.learned.int().tolist() == [[0, 0, 1, 0], [1, 1, 0, 1]]
-    padded = sequence_batch([b, a], row_tokens=None)
+    assert (batch.predicts.tolist(), batch.targets.tolist()) == ([2, 3, 5, 6, 8], [33, 34, 11, 12, 21])
+    padded = sequence_batch([b, a], packed=False)
     assert padded.input_ids.tolist() == [[20, 21, 0], [10, 11, 12]]
     assert padded.position_ids is None
-    assert (padded.columns.tolist(), padded.targets[padded.learned].tolist()) == ([0, 1], [21, 11, 12])
+    assert (padded.predicts.tolist(), padded.targets.tolist()) == ([0, 3, 4], [21, 11, 12])
 
 
-@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=30), row_tokens=st.integers(1, 40))
-def test_rows_hold_every_sequence_once_and_no_more_than_they_may(lengths, row_tokens):
-    rows = pack(lengths, row_tokens)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30))
+def test_rows_hold_every_sequence_once_and_little_padding(lengths):
+    rows = pack(lengths)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    filled = [sum(lengths[i] for i in row) for row in rows]
-    assert all(total <= row_tokens or len(row) == 1 for total, row in zip(filled, rows, strict=True))
-    smallest = [min(lengths[i] for i in row) for row in rows]
-    # First fit: what opened a later row had no room in an earlier one.
-    assert all(filled[a] + smallest[b] > row_tokens for b in range(len(rows)) for a in range(b))
+    width = max(sum(lengths[i] for i in row) for row in rows)
+    assert width >= max(lengths)
+    assert sum(lengths) >= (1 - MOST_PADDING) * len(rows) * width
+
+
+def test_rows_are_as_many_as_fill_up():
+    assert pack([8] * 4) == [[0], [1], [2], [3]]
+    assert pack([10, 6, 4]) == [[0], [1, 2]]
+    assert pack([10, 6]) == [[0, 1]]  # two rows would be a fifth padding
+    assert pack([20, 19]) == [[0], [1]]
+    assert len(pack([5] * 20)) == 20
+
+
+def test_padding_stays_within_the_context():
+    """GPT-2 has a vector for each of 64 positions; the padding behind a sequence of 64 has none beyond."""
+    long = sequences((64, 31, 34))
+    batch = sequence_batch(long, packed=True)
+    assert batch.input_ids.shape == (2, 65)
+    assert int(batch.position_ids.max()) == 63 and batch.position_ids[0, 64] == 0
+    with torch.no_grad():
+        padded, packed = (float(SequenceLoss(gpt2(), packed=way)(long)) for way in (False, True))
+    assert packed == pytest.approx(padded, rel=1e-5)
 
 
 @MODELS
 def test_models_that_keep_sequences_apart_may_pack(model):
-    check_packing(model, vocabulary=VOCABULARY)
-    check_packing(model.to(torch.bfloat16), vocabulary=VOCABULARY)
+    check_packing(model)
+    check_packing(model.to(torch.bfloat16))
     model.float()
 
 
@@ -134,8 +153,8 @@ def test_models_that_do_not_are_refused():
     mamba = MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, initializer_range=0.3)
     for model in (OPTForCausalLM(opt), BloomForCausalLM(bloom), MambaForCausalLM(mamba)):
         with pytest.raises(ConfigError, match=r"sft\.packing \(rows\): .* set sft\.packing=none"):
-            check_packing(model.eval(), vocabulary=VOCABULARY)
-        batch = sequence_batch(sequences(), row_tokens=None)  # they may train padded
-        with torch.no_grad():
+            check_packing(model.eval())
+        assert packing_leak(model) > 0
+        with torch.no_grad():  # they may train padded
             expected = sum(loss_by_hand(model, s) for s in sequences())
-            assert float(sequence_loss_sum(model, batch)) == pytest.approx(expected, rel=1e-5)
+            assert float(SequenceLoss(model, packed=False)(sequences())) == pytest.approx(expected, rel=1e-5)

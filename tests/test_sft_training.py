@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 import sft_ranks
 from alignment.config_training import SftSection
 from alignment.engine import optimizer_tensors, start_ranks
+from alignment.micro_batches import balanced
 from alignment.sft_data import SftData
-from alignment.sft_training import balanced, build_trainer, train_step
+from alignment.sft_training import build_trainer, train_step
 from alignment.types import TokenSequence
 from reward_runs import in_this_process
 from sft_ranks import sequences

@@ -14,7 +14,9 @@ import update_ranks
 from alignment.config_training import TrainingSection
 from alignment.engine import Ranks, _check_finite, gradient_accumulation_steps, learning_rate
 from alignment.errors import TrainingError
-from alignment.update import _length, deal
+from alignment.micro_batches import sequence_micro_batches
+from alignment.update import _sequence
+from models.adapters import copy_weights, merge_lora, trainable_tensors
 from models.sampling import Sampling, draw
 from reward_runs import in_this_process
 from tiny import tiny_llama
@@ -23,71 +25,155 @@ from update_ranks import BASE_SEED, RESPONSE_LENGTHS, rollouts
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_update(tmp_path, ranks, steps=1, plain=True, options=(), **settings):
-    """`update` on ranks of its own, or in this process with plain gradients on one; the weights and the StepUpdate."""
+def case(folder, steps=1, plain=True, options=(), **settings):
+    """Arguments of tests/update_ranks.py, which leaves its results in `folder`."""
     settings = {"gradient_clip": 1e9, "global_batch_size": 8, **settings}
-    words = [
-        json.dumps(settings),
-        str(tmp_path / "out"),
-        str(steps),
-        *(["--plain-gradient"] if plain else []),
-        *options,
-    ]
-    if ranks == 1 and plain:
+    plainly = ["--plain-gradient"] if plain else []
+    return [json.dumps(settings, separators=(",", ":")), str(folder / "out"), str(steps), *plainly, *options]
+
+
+def launch(ranks, cases):
+    """The cases, one after the other, on ranks of their own."""
+    command = [sys.executable, "-m", "alignment.one_node", f"--nproc-per-node={ranks}"]
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command.append(str(ROOT / "tests/update_ranks.py"))
+    words = [word for words in cases for word in ("--next", *words)][1:]
+    subprocess.run([*command, *words], check=True, env={**os.environ, **environment}, timeout=180)
+
+
+def results(folder):
+    """The weights and the StepUpdate that a case left."""
+    return load_file(folder / "out.safetensors"), json.loads((folder / "out.json").read_text())
+
+
+def run_update(folder, plain=True, **case_of):
+    """`update` on one rank: in this process with plain gradients, else on a rank of its own."""
+    words = case(folder, plain=plain, **case_of)
+    if plain:
         in_this_process(lambda: update_ranks.run(words))
     else:
-        command = [sys.executable, "-m", "alignment.one_node", f"--nproc-per-node={ranks}"]
-        environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        command.append(str(ROOT / "tests/update_ranks.py"))
-        subprocess.run([*command, *words], check=True, env={**os.environ, **environment}, timeout=180)
-    return load_file(tmp_path / "out.safetensors"), json.loads((tmp_path / "out.json").read_text())
+        launch(1, [words])
+    return results(folder)
 
 
-def plain_gradient(rows, kl_penalty=0.0):
-    """Gradient and loss of mean cross-entropy per response token: each row alone, no padding, float64."""
-    model, base = tiny_llama().double(), tiny_llama(BASE_SEED).double()
+def plain_gradient(rows, kl_penalty=0.0, model=None, base=None):
+    """Gradient, loss and KL per response token: each row alone, no padding, float64. `base` gives logits of ids."""
+    model, base = (model or tiny_llama()).double(), base or tiny_llama(BASE_SEED).double()
     tokens = sum(len(r.response_ids) for r in rows)
-    loss = torch.zeros((), dtype=torch.float64)
+    loss, kl = torch.zeros(2, dtype=torch.float64)
     for r in rows:
         ids, responses = torch.tensor([r.prompt_ids + r.response_ids]), slice(len(r.prompt_ids) - 1, -1)
         logits = model(ids).logits[0, responses]
-        loss += torch.nn.functional.cross_entropy(logits, torch.tensor(r.response_ids), reduction="sum") / tokens
+        loss = loss + torch.nn.functional.cross_entropy(logits, torch.tensor(r.response_ids), reduction="sum") / tokens
         p, q = (torch.distributions.Categorical(logits=x) for x in (logits, base(ids).logits[0, responses].detach()))
-        loss += kl_penalty * torch.distributions.kl_divergence(p, q).sum() / tokens
-    loss.backward()
-    return {name: p.grad for name, p in model.named_parameters()}, loss.item()
+        kl = kl + torch.distributions.kl_divergence(p, q).sum() / tokens
+    (loss + kl_penalty * kl).backward()
+    gradient = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return gradient, (loss + kl_penalty * kl).item(), kl.item()
 
 
-@pytest.mark.parametrize(
-    ("ranks", "zero_stage", "micro_batch_size"), [(1, 0, 8), (1, 0, 2), (1, 2, 2), (2, 0, 1), (2, 1, 2), (2, 2, 2)]
-)
-def test_gradient_is_that_of_one_plain_backward(tmp_path, ranks, zero_stage, micro_batch_size):
-    # 5 responses: uneven over 2 ranks, over micro-batches, and fewer than the global batch of 8
-    weights, result = run_update(tmp_path, ranks, zero_stage=zero_stage, micro_batch_size=micro_batch_size)
-    gradient, loss = plain_gradient(rollouts())
-    before = tiny_llama().state_dict()
+def check_gradient(weights, before, gradient):
+    """SGD with rate 1 has moved the weights by the gradient."""
+    assert weights.keys() == gradient.keys()
     for name, expected in gradient.items():
         torch.testing.assert_close((before[name] - weights[name]).double(), expected, atol=1e-6, rtol=1e-4)
+
+
+# 5 responses: uneven over 2 ranks, over micro-batches, and fewer than the global batch of 8
+ONE_RANK = [
+    (0, 8, []),
+    (0, 8, ["--padded"]),
+    (0, 2, ["--tied"]),
+    (1, 3, []),
+    (2, 2, ["--padded"]),
+    (3, 2, []),
+    (3, 8, ["--tied"]),
+]
+TWO_RANKS = [
+    (0, 1, []),
+    (1, 2, ["--padded"]),
+    (2, 2, []),
+    (2, 8, ["--tied"]),
+    (3, 1, ["--padded"]),
+    (3, 4, ["--tied"]),
+]
+PENALTY = {"kl_penalty": 0.3, "micro_batch_size": 2}
+LORA = {**PENALTY, "lora_rank": 2}
+
+
+def check_update(weights, result, options):
+    gradient, loss, _ = plain_gradient(rollouts(), model=tiny_llama(tied="--tied" in options))
+    check_gradient(weights, tiny_llama(tied="--tied" in options).state_dict(), gradient)
     assert result["loss"] == pytest.approx(loss, abs=1e-6)
     norm = torch.stack([g.norm() for g in gradient.values()]).norm().item()
     assert result["grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert result["response_tokens"] == sum(RESPONSE_LENGTHS)
-    assert result["optimizer_steps"] == 1
+    assert (result["optimizer_steps"], result["kl"]) == (1, None)
 
 
-@pytest.mark.parametrize(("ranks", "zero_stage"), [(1, 0), (2, 2)])
-def test_penalty_adds_the_gradient_of_the_exact_kl_to_the_base(tmp_path, ranks, zero_stage):
-    weights, result = run_update(tmp_path, ranks, zero_stage=zero_stage, micro_batch_size=2, kl_penalty=0.3)
-    gradient, loss = plain_gradient(rollouts(), kl_penalty=0.3)
-    before = tiny_llama().state_dict()
-    assert weights.keys() == before.keys()  # the base is not among them
-    for name, expected in gradient.items():
-        torch.testing.assert_close((before[name] - weights[name]).double(), expected, atol=1e-6, rtol=1e-4)
-    assert result["loss"] == pytest.approx(loss, abs=1e-6)
+def check_penalty(weights, result):
+    gradient, loss, kl = plain_gradient(rollouts(), kl_penalty=0.3)
+    check_gradient(weights, tiny_llama().state_dict(), gradient)  # the base is not among the weights
+    assert (result["loss"], result["kl"]) == (pytest.approx(loss, abs=1e-6), pytest.approx(kl, abs=1e-6))
+
+
+def check_adapters(weights, result):
+    """The KL is that to the policy without its adapters, and they alone are trained."""
+    adapted = update_ranks.with_adapters(tiny_llama(), TrainingSection(**LORA))
+    before = trainable_tensors(adapted)
+    gradient, loss, kl = plain_gradient(rollouts(), 0.3, model=adapted, base=tiny_llama().double())
+    check_gradient(weights, before, gradient)
+    assert (result["loss"], result["kl"]) == (pytest.approx(loss, abs=1e-6), pytest.approx(kl, abs=1e-6))
+    assert kl > 0.01
+
+
+@pytest.mark.parametrize(("zero_stage", "micro_batch_size", "options"), ONE_RANK)
+def test_gradient_is_that_of_one_plain_backward(tmp_path, zero_stage, micro_batch_size, options):
+    settings = {"zero_stage": zero_stage, "micro_batch_size": micro_batch_size}
+    check_update(*run_update(tmp_path, options=options, **settings), options)
+
+
+def test_penalty_adds_the_gradient_of_the_exact_kl_to_the_base(tmp_path):
+    check_penalty(*run_update(tmp_path, **PENALTY))
+
+
+def test_adapters_alone_are_trained_and_their_base_is_the_policy_without_them(tmp_path):
+    check_adapters(*run_update(tmp_path, **LORA))
+
+
+def test_on_two_ranks_the_gradient_is_the_same(tmp_path):
+    plain = [
+        case(tmp_path / str(i), options=options, zero_stage=stage, micro_batch_size=size)
+        for i, (stage, size, options) in enumerate(TWO_RANKS)
+    ]
+    more = {"penalty": PENALTY, "penalty-2": PENALTY | {"zero_stage": 2}, "penalty-3": PENALTY | {"zero_stage": 3}}
+    more |= {"lora": LORA, "lora-2": LORA | {"zero_stage": 2}, "lora-3": LORA | {"zero_stage": 3}}
+    for name in [*map(str, range(len(plain))), *more]:
+        (tmp_path / name).mkdir()
+    launch(2, [*plain, *(case(tmp_path / name, **settings) for name, settings in more.items())])
+    for i, (_, _, options) in enumerate(TWO_RANKS):
+        check_update(*results(tmp_path / str(i)), options)
+    for name in more:
+        check = check_adapters if name.startswith("lora") else check_penalty
+        check(*results(tmp_path / name))
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_gradient_checkpointing_changes_no_gradient(tmp_path, zero_stage):
+    settings = {"gradient_checkpointing": True, "zero_stage": zero_stage, "micro_batch_size": 4}
+    check_update(*run_update(tmp_path, **settings), [])
+
+
+def test_a_plain_copy_follows_the_adapters_as_peft_merges_them():
+    adapted, copy = update_ranks.with_adapters(tiny_llama(), TrainingSection(**LORA)), tiny_llama(BASE_SEED)
+    copy_weights(adapted, copy)
+    merged = merge_lora(adapted).state_dict()
+    assert merged.keys() == copy.state_dict().keys()
+    assert all(torch.equal(copy.state_dict()[name], tensor) for name, tensor in merged.items())
 
 
 def test_each_optimizer_step_is_normalised_by_its_own_tokens(tmp_path):
-    weights, result = run_update(tmp_path, 1, global_batch_size=3, micro_batch_size=1)
+    weights, result = run_update(tmp_path, global_batch_size=3, micro_batch_size=1)
     model = tiny_llama()
     for rows in (rollouts()[:3], rollouts()[3:]):  # the second step starts from the first one's weights
         tokens = sum(r.num_tokens for r in rows)
@@ -106,16 +192,16 @@ def test_each_optimizer_step_is_normalised_by_its_own_tokens(tmp_path):
 
 
 def test_weights_are_bit_identical_when_repeated(tmp_path):
-    first, _ = run_update(tmp_path, 1, steps=3, plain=False, lr=1e-3)
-    second, _ = run_update(tmp_path, 1, steps=3, plain=False, lr=1e-3)
+    first, _ = run_update(tmp_path, steps=3, plain=False, lr=1e-3)
+    second, _ = run_update(tmp_path, steps=3, plain=False, lr=1e-3)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["lm_head.weight"], tiny_llama().state_dict()["lm_head.weight"])
 
 
 def test_dropout_draws_from_its_named_stream_alone(tmp_path):
-    first, _ = run_update(tmp_path, 1, options=["--dropout", "1"])
-    second, _ = run_update(tmp_path, 1, options=["--dropout", "5000"])
-    without, _ = run_update(tmp_path, 1)
+    first, _ = run_update(tmp_path, options=["--dropout", "1"])
+    second, _ = run_update(tmp_path, options=["--dropout", "5000"])
+    without, _ = run_update(tmp_path)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["lm_head.weight"], without["lm_head.weight"])
 
@@ -128,15 +214,17 @@ def test_divergence_is_an_error_that_names_the_rate(value):
         draw(torch.full((1, 4), float("nan")), torch.tensor([0.5]), Sampling(1))
 
 
-def test_deal_gives_all_ranks_equally_many_micro_batches_and_every_row_once():
-    training = TrainingSection(global_batch_size=8, micro_batch_size=2)
-    rows = rollouts()
-    accumulation = gradient_accumulation_steps(training, 2)
-    shares = [deal(rows, 2, Ranks(rank, 2), accumulation, _length) for rank in range(2)]
-    assert [len(share) for share in shares] == [2, 2]
-    dealt = sorted(r.prompt_id for share in shares for micro_batch in share for r in micro_batch)
-    assert dealt == ["0", "1", "2", "3", "4"]
-    assert shares[1][1] == []  # rank 1 runs short: a micro-batch of zero weight
+@pytest.mark.parametrize("packed", [False, True])
+def test_all_ranks_get_equally_many_micro_batches_and_every_row_once(packed):
+    training = TrainingSection(global_batch_size=12, micro_batch_size=2)
+    rows = [_sequence(r) for r in rollouts()]
+    passes = gradient_accumulation_steps(training, 2)
+    shares = [sequence_micro_batches(rows, 2, Ranks(rank, 2), passes, packed=packed) for rank in range(2)]
+    assert [len(share) for share in shares] == [3, 3]
+    dealt = [s.ids for share in shares for sequences, weight in share for s in sequences if weight]
+    assert sorted(dealt) == sorted(s.ids for s in rows)
+    fillers = [len(sequences) for share in shares for sequences, weight in share if not weight]
+    assert fillers == [1] * (1 if packed else 3)  # 5 rows lie in 5 packed micro-batches, or in 3 of their like
 
 
 def test_learning_rate_by_hand():
@@ -149,3 +237,6 @@ def test_learning_rate_by_hand():
     assert rates(lr_schedule="linear", min_lr=0.2) == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
     assert rates(lr_schedule="cosine") == pytest.approx([1, 0.853553, 0.5, 0.146447, 0], abs=1e-6)
     assert rates(lr_schedule="linear", warmup_steps=2) == pytest.approx([0.5, 1, 1, 0.5, 0])
+    assert rates(lr_schedule="cosine", constant_steps=2, min_lr=0.1) == pytest.approx([1, 0.55, 0.1, 0.1, 0.1])
+    assert rates(lr_schedule="linear", warmup_steps=1, constant_steps=1) == pytest.approx([1, 1, 0.5, 0, 0])
+    assert rates(lr_schedule="cosine", warmup_steps=3, constant_steps=3) == pytest.approx([1 / 3, 2 / 3, 1, 0, 0])

@@ -7,7 +7,7 @@ VOCABULARY = 61
 EOS = 2
 
 
-def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
+def tiny_llama(seed: int = 0, tied: bool = False) -> LlamaForCausalLM:
     """A two-layer grouped-query Llama whose distributions are far from uniform. float32, evaluation mode."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -21,6 +21,7 @@ def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
         initializer_range=0.3,
         bos_token_id=1,
         eos_token_id=EOS,
+        tie_word_embeddings=tied,
     )
     return LlamaForCausalLM(config).eval()
 

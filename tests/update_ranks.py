@@ -1,7 +1,8 @@
-"""One RS update on the ranks that alignment.one_node starts; saves weights and result for tests/test_update.py.
+"""RS updates on the ranks that alignment.one_node starts; saves weights and result for tests/test_update.py.
 
-With `--plain-gradient`, SGD with rate 1 stands in for AdamW, so that the change of the weights is the gradient.
-With a `kl_penalty` the base is another model.
+One update after the other, their words parted by `--next`. With `--plain-gradient`, SGD with rate 1 stands in for
+AdamW, so that the change of the weights is the gradient. With a `kl_penalty` the base is another model, or under LoRA
+the one without its adapters. With `--tied` the output head is the embedding; with `--padded` no sequences are packed.
 With `--dropout N` the attention drops, after N numbers were drawn from torch's generator.
 """
 
@@ -10,6 +11,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -17,8 +19,10 @@ from safetensors.torch import save_file
 from alignment import engine as engines
 from alignment.config_training import TrainingSection
 from alignment.types import Rollout
-from alignment.update import ResponseLoss, update
-from tiny import EOS, random_rows, tiny_llama
+from alignment.update import update
+from models.adapters import add_lora, trainable_tensors
+from models.sequence_loss import SequenceLoss
+from tiny import random_rows, tiny_llama
 
 BASE_SEED = 5
 PROMPT_LENGTHS, RESPONSE_LENGTHS = [3, 9, 5, 1, 7], [4, 12, 1, 6, 2]
@@ -43,7 +47,8 @@ def fail_if_ranks_are_joined() -> None:
 
 def main() -> None:
     atexit.register(fail_if_ranks_are_joined)  # before `start_ranks`: so it runs after what that one registers
-    run(sys.argv[1:])
+    for words in " ".join(sys.argv[1:]).split(" --next "):
+        run(words.split())
 
 
 def run(words: list[str]) -> None:
@@ -53,22 +58,36 @@ def run(words: list[str]) -> None:
     ranks = engines.start_ranks(threads=1, gpu=False)
     if plain:
         torch.optim.AdamW = lambda parameters, **_: torch.optim.SGD(parameters, lr=1.0)
-    model = tiny_llama()
+    model = tiny_llama(tied="--tied" in words)
     if "--dropout" in words:
         for layer in model.model.layers:
             layer.self_attn.attention_dropout = 0.3
         torch.rand(int(words[-1]))  # what a process may have drawn before
-    base = tiny_llama(BASE_SEED) if training.kl_penalty else None
-    loss = ResponseLoss(model, base, training.kl_penalty)
+    base = tiny_llama(BASE_SEED) if training.kl_penalty and not training.lora_rank else None
+    if training.lora_rank:
+        model = with_adapters(model, training)
+    loss = SequenceLoss(model, packed="--padded" not in words, base=base, kl_penalty=training.kl_penalty)
     engine = engines.build_engine(loss, training, zero_stage=training.zero_stage, world_size=ranks.world_size)
     for _ in range(steps):
-        result = update(
-            engine, rollouts(), training, ranks, lr=1.0 if plain else training.lr, pad_id=EOS, stream="test"
-        )
+        result = update(engine, rollouts(), training, ranks, lr=1.0 if plain else training.lr, stream="test")
+    weights = trainable_tensors(model)
     if ranks.rank == 0:
-        save_file({k: v.clone() for k, v in model.state_dict().items()}, f"{out}.safetensors")
+        save_file(weights, f"{out}.safetensors")
         with open(f"{out}.json", "w") as file:
             json.dump(asdict(result), file)
+
+
+def with_adapters(model: Any, training: TrainingSection) -> Any:
+    """Adapters whose two factors are both other than zero, so that the policy is not its base."""
+    adapted = add_lora(
+        model, task="CAUSAL_LM", rank=training.lora_rank, alpha=training.lora_alpha, seed=0, section="training"
+    )
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    return adapted
 
 
 if __name__ == "__main__":
