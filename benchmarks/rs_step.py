@@ -20,7 +20,6 @@ from alignment.errors import AlignmentError
 from alignment.progress import ProgressLines
 from alignment.types import Prompt, ScoredRollout
 from benchmarks import reward_setup
-from benchmarks.in_process import LocalRewardModel
 from benchmarks.results import Result, record, result, speedups, table
 from benchmarks.rounds import Note, interleaved
 from benchmarks.update_setup import TRAINING, engine_for, start
@@ -75,7 +74,7 @@ def compare(config: Config, rounds: int, note: Note) -> Result:
             padded = ConstantPaddingClient(url, config.reward.max_tokens, local.model.config.pad_token_id)
             ways = {
                 "ours": lambda: step.train(_scored(step, client)),
-                "theirs": lambda: step.train(scored_rollouts(policy, prompts, config, padded, _rows(local))),
+                "theirs": lambda: step.train(scored_rollouts(policy, prompts, config, padded, local.rows)),
             }
             seconds = interleaved(ways, rounds, note, title="rs_step_vs_nemo_aligner")
             padded.close()
@@ -108,11 +107,6 @@ def _scored(step: Step, client: Any) -> list[ScoredRollout]:
         )
     ]
     return in_prompt_order([r for future in pending for r in future.result()], step.prompts)
-
-
-def _rows(local: LocalRewardModel) -> Any:
-    """The tokens of conversations, which NeMo-Aligner's client makes itself."""
-    return lambda pairs: local.rows([list(pair) for pair in pairs])
 
 
 def main() -> int:

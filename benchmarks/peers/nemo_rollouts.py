@@ -25,7 +25,7 @@ def scored_rollouts(
     for index in range(config.rollouts.num_rollouts_per_prompt):
         for start in range(0, len(prompts), PROMPTS):
             rollouts = _sampled(policy, prompts[start : start + PROMPTS], index, config.rollouts.max_new_tokens)
-            rewards = client.score(rows([(r.prompt, r.response) for r in rollouts]))
+            rewards = client.score(rows([r.conversation for r in rollouts]))
             scored += [
                 with_reward(r, reward, model="padded", version="1") for r, reward in zip(rollouts, rewards, strict=True)
             ]
