@@ -39,6 +39,7 @@ control: $(STAMP)
 
 bench: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks.scoring
+	$(BIN)/python -m benchmarks.rollouts
 	$(BIN)/python -m benchmarks.results
 
 $(VENV)/bin/python:

@@ -51,12 +51,12 @@ class Bench:
 
     def ours(self) -> list[float]:
         """All responses by the in-process engine with the default budget; returns the number of tokens drawn."""
-        return [float(self.drawn(self.prompts, self.numbers))]
+        return [float(self.drawn(self.prompts, self.numbers, RolloutsSection.model_fields["batch_tokens"].default))]
 
-    def drawn(self, prompts: list[list[int]], numbers: torch.Tensor) -> int:
+    def drawn(self, prompts: list[list[int]], numbers: torch.Tensor, batch_tokens: int) -> int:
         """Tokens that the in-process engine draws."""
-        sampling, budget = Sampling(numbers.shape[2]), int(RolloutsSection.model_fields["batch_tokens"].default)
-        found = respond(self.model, prompts, numbers, sampling, eos_ids=[UNDRAWN], batch_tokens=budget)
+        sampling = Sampling(numbers.shape[2])
+        found = respond(self.model, prompts, numbers, sampling, eos_ids=[UNDRAWN], batch_tokens=batch_tokens)
         return sum(len(one.token_ids) for some in found for samples in some.values() for one in samples)
 
     @torch.inference_mode()
@@ -137,8 +137,8 @@ def run(options: argparse.Namespace, scratch: Path, note: Note) -> list[Result]:
     """Each comparison that was asked for, recorded as soon as it is made; the plot at the end."""
     torch.set_num_threads(options.threads)
     keep_freed_memory()  # as a worker does
-    model = load_policy(policy_folder("smollm2-135m", scratch, note), prompt_format="text").model
-    bench = Bench(model, *workload(), options.rounds, note)
+    source = policy_folder("smollm2-135m", scratch, note)
+    bench = Bench(load_policy(source, prompt_format="text").model, *workload(), options.rounds, note)
     results = []
     for name in options.only:
         if name != PLOT:
@@ -148,7 +148,7 @@ def run(options: argparse.Namespace, scratch: Path, note: Note) -> list[Result]:
     if PLOT in options.only:
         from benchmarks.rollouts_plot import draw
 
-        draw(options.threads, note)
+        draw(options.threads, Path(source), note)
     return results
 
 

@@ -26,6 +26,9 @@ PREFILL_TOKENS = 512
 """Prompt tokens, padding included, that are read at once: enough for the full rate of a CPU, and few enough that
 prompts of like length are together."""
 
+SLOT_GROUPS = 4
+"""Matrix products that the prompts' keys are divided among, by length."""
+
 
 class OwnTokens(DynamicLayer):
     """A layer's keys and values of all rows' own tokens, (rows, H, tokens, D) with room for all that may come."""
@@ -135,7 +138,7 @@ class SharedRows:
         before = torch.tensor([len(self._prompts[job.prompt]) for job in self._jobs], device=device)
         seats = [self._slot_of[job.prompt] * self._samples + job.sample for job in self._jobs]
         self._used = max(self._slot_of.values()) + 1
-        self._width = max(self._width_of[prompt] for prompt in self._slot_of)
+        self._groups = self._slot_groups()
         # Rows in the order of their seats, and of one length, are the usual case, and need no index.
         self._seats = None if seats == list(range(self._used * self._samples)) else torch.tensor(seats, device=device)
         self._own_bias = None
@@ -165,11 +168,27 @@ class SharedRows:
         rows, heads, size = len(query), key.shape[1], query.shape[3]
         grouped = query.reshape(rows, heads, -1, size) * (size**-0.5 if scaling is None else scaling)
         own, own_mass = _softmax_attention(grouped, key, value, self._own_bias)
-        keys, values = (kept[: self._used, :, : self._width] for kept in self._shared[module.layer_idx])
-        bias = self._bias[: self._used, :, :, : self._width]
-        found, mass = map(self._stood, _softmax_attention(self._seated(grouped), keys, values, bias))
+        seated, (keys, values) = self._seated(grouped), self._shared[module.layer_idx]
+        parts = [
+            _softmax_attention(
+                seated[slots], keys[slots, :, :width], values[slots, :, :width], self._bias[slots, ..., :width]
+            )
+            for slots, width in self._groups
+        ]
+        found, mass = (self._stood(torch.cat(part)) for part in zip(*parts, strict=True))
         share = torch.sigmoid(mass - own_mass).to(own.dtype)
         return torch.lerp(own, found, share).reshape(rows, 1, -1, own.shape[3]), None
+
+    def _slot_groups(self) -> list[tuple[slice, int]]:
+        """Slots side by side, each group with the columns that its widest prompt takes: less padding is looked at."""
+        widths = [0] * self._used
+        for prompt, slot in self._slot_of.items():
+            widths[slot] = self._width_of[prompt]
+        size = -(-self._used // SLOT_GROUPS)
+        return [
+            (slice(start, min(start + size, self._used)), max(1, *widths[start : start + size]))
+            for start in range(0, self._used, size)
+        ]
 
     def _seated(self, grouped: Tensor) -> Tensor:
         """(B, H, G, D) as (P, H, n·G, D): with the other samples of its prompt."""
