@@ -139,9 +139,9 @@ def _draw(
     """The next token of each row, which its row is given too. Shape: logits (B, V); returns (B,)."""
     lengths = [len(row.tokens) for row in rows]
     place = torch.tensor([[row.job.prompt, row.job.sample, t] for row, t in zip(rows, lengths, strict=True)]).T
-    wanted = adjusted(
-        logits, sampling, seen=[[*prompts[row.job.prompt], *row.tokens] for row in rows], lengths=lengths, ending=ending
-    )
+    penalised = sampling.repetition_penalty != 1
+    seen = [[*prompts[row.job.prompt], *row.tokens] for row in rows] if penalised else []
+    wanted = adjusted(logits, sampling, seen=seen, lengths=lengths, ending=ending)
     uniforms = numbers[tuple(place.to(numbers.device))]
     drawn, logged = draw(logits, uniforms, sampling, wanted=None if wanted is logits else wanted)
     for row, token, value in zip(rows, drawn.tolist(), logged.tolist(), strict=True):

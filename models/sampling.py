@@ -61,8 +61,8 @@ def adjusted(
 ) -> Tensor:
     """Logits after the repetition penalty and without the ending tokens of responses that are too short.
 
-    `seen` holds the tokens of each row's prompt and response, `lengths` how many were drawn. Shape: logits (B, V),
-    ending (E,). Returns `logits` itself where there is nothing to do.
+    `seen` holds the tokens of each row's prompt and response, and is read for the penalty alone; `lengths` how many
+    were drawn. Shape: logits (B, V), ending (E,). Returns `logits` itself where there is nothing to do.
     """
     penalty, device = sampling.repetition_penalty, logits.device
     if penalty != 1:
