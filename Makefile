@@ -39,7 +39,10 @@ control: $(STAMP)
 
 bench: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks.scoring
+	$(BIN)/python -m benchmarks.rollouts
 	$(BIN)/python -m benchmarks.updates
+	$(BIN)/python -m benchmarks.rs_step
+	$(BIN)/python -m benchmarks.flow_overhead
 	$(BIN)/python -m benchmarks.results
 
 $(VENV)/bin/python:

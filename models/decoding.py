@@ -16,7 +16,7 @@ from models.batching import TokenIds
 from models.own_rows import OwnRows
 from models.prefill import plain_cache, prefill
 from models.rows import Job, Rows, longest_first, most_room
-from models.sampling import Sample, Sampling, adjusted, before_stop, draw, log_probs
+from models.sampling import Sample, Sampling, adjusted, before_stop, draw
 from models.shared_rows import SharedRows
 
 Decode = Callable[[TokenIds, TokenIds], str]
@@ -63,7 +63,8 @@ def respond(
         rows += [_Row(job) for job in begun]
         if not rows:
             return
-        drawn = _draw(torch.cat([*logits, *firsts]), rows, prompts, numbers, sampling, ending)
+        logits += firsts
+        drawn = _draw(logits[0] if len(logits) == 1 else torch.cat(logits), rows, prompts, numbers, sampling, ending)
         ended = []
         for i, row in enumerate(rows):
             reason = _reason(row, prompts[row.job.prompt], sampling, eos_ids, decode)
@@ -138,11 +139,12 @@ def _draw(
     """The next token of each row, which its row is given too. Shape: logits (B, V); returns (B,)."""
     lengths = [len(row.tokens) for row in rows]
     place = torch.tensor([[row.job.prompt, row.job.sample, t] for row, t in zip(rows, lengths, strict=True)]).T
-    wanted = adjusted(
-        logits, sampling, seen=[[*prompts[row.job.prompt], *row.tokens] for row in rows], lengths=lengths, ending=ending
-    )
-    drawn = draw(wanted, numbers[tuple(place.to(numbers.device))], sampling)
-    for row, token, value in zip(rows, drawn.tolist(), log_probs(logits, drawn).tolist(), strict=True):
+    penalised = sampling.repetition_penalty != 1
+    seen = [[*prompts[row.job.prompt], *row.tokens] for row in rows] if penalised else []
+    wanted = adjusted(logits, sampling, seen=seen, lengths=lengths, ending=ending)
+    uniforms = numbers[tuple(place.to(numbers.device))]
+    drawn, logged = draw(logits, uniforms, sampling, wanted=None if wanted is logits else wanted)
+    for row, token, value in zip(rows, drawn.tolist(), logged.tolist(), strict=True):
         row.tokens.append(token)
         row.log_probs.append(value)
     return drawn

@@ -59,7 +59,8 @@ def most_room(lengths: Sequence[int], samples: int, tokens: int, *, budget: int,
     width = max(lengths)
 
     def of(rows: int) -> Room:
-        return Room(rows, tokens, min(len(lengths), -(-2 * rows // samples)) if shared else rows, width)
+        slots = rows if not shared or rows == 1 else min(len(lengths), -(-2 * rows // samples))
+        return Room(rows, tokens, slots, width)
 
     most = len(lengths) * samples
     rows = next((rows for rows in range(most, 0, -1) if of(rows).cached_tokens <= budget), 0)

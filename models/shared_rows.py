@@ -26,6 +26,9 @@ PREFILL_TOKENS = 512
 """Prompt tokens, padding included, that are read at once: enough for the full rate of a CPU, and few enough that
 prompts of like length are together."""
 
+SLOT_GROUPS = 4
+"""Matrix products that the prompts' keys are divided among, by length."""
+
 
 class OwnTokens(DynamicLayer):
     """A layer's keys and values of all rows' own tokens, (rows, H, tokens, D) with room for all that may come."""
@@ -39,11 +42,9 @@ class OwnTokens(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write one column of each live row; returns views of everything so far, (B, H, T, D)."""
-        live, lengths, columns = self._rows.live, self._rows.lengths, self._rows.columns
-        self.all_keys[live, :, lengths] = key_states[:, :, 0]
-        self.all_values[live, :, lengths] = value_states[:, :, 0]
-        self.keys = self.all_keys[: len(lengths), :, :columns]
-        self.values = self.all_values[: len(lengths), :, :columns]
+        count, columns, where = len(key_states), self._rows.columns, self._rows.where
+        self.all_keys[where], self.all_values[where] = key_states[:, :, 0], value_states[:, :, 0]
+        self.keys, self.values = self.all_keys[:count, :, :columns], self.all_values[:count, :, :columns]
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
@@ -70,6 +71,7 @@ class SharedRows:
         self._device = self._shared[0][0].device
         self._bias = torch.zeros(room.prompts, 1, 1, room.width, device=self._device)
         self._slot_of: dict[int, int] = {}
+        self._width_of: dict[int, int] = {}  # of the batch that the prompt was read in
         self._first: dict[int, Tensor] = {}  # the logits after a prompt that is not done with
         self._jobs: list[Job] = []
         self._lengths: list[int] = []
@@ -106,7 +108,7 @@ class SharedRows:
         bias[:, :longest] = torch.where(read.mask == 1, 0.0, -torch.inf)
         self._bias[slots, 0, 0] = bias
         for prompt, slot, logits in zip(coming, slots.tolist(), read.logits, strict=False):
-            self._slot_of[prompt], self._first[prompt] = slot, logits
+            self._slot_of[prompt], self._width_of[prompt], self._first[prompt] = slot, longest, logits
         return True
 
     def drop(self, ended: Sequence[int]) -> list[int]:
@@ -131,32 +133,31 @@ class SharedRows:
 
     def step(self, tokens: Tensor) -> Tensor:
         """See `models.rows.Rows`."""
-        lengths, device = self._lengths, self._device
-        self.columns = max(lengths) + 1
-        self.lengths = torch.tensor(lengths, device=device)
-        self.live = torch.arange(len(lengths), device=device)
+        lengths, device = torch.tensor(self._lengths, device=self._device), self._device
+        count, self.columns = len(lengths), max(self._lengths) + 1
         before = torch.tensor([len(self._prompts[job.prompt]) for job in self._jobs], device=device)
-        self._seats = torch.tensor(
-            [self._slot_of[job.prompt] * self._samples + job.sample for job in self._jobs], device=device
-        )
+        seats = [self._slot_of[job.prompt] * self._samples + job.sample for job in self._jobs]
         self._used = max(self._slot_of.values()) + 1
-        self._width = max(len(self._prompts[prompt]) for prompt in self._slot_of)
-        self._ragged = min(lengths) < max(lengths)
-        if self._ragged:
-            beyond = torch.arange(self.columns, device=device) > self.lengths[:, None]
-            self._own_bias = torch.zeros_like(beyond, dtype=torch.float32).masked_fill_(beyond, -torch.inf)[
-                :, None, None
-            ]
+        self._groups = self._slot_groups()
+        # Rows in the order of their seats, and of one length, are the usual case, and need no index.
+        self._seats = None if seats == list(range(self._used * self._samples)) else torch.tensor(seats, device=device)
+        self._own_bias = None
+        self.where: Any = (slice(count), slice(None), self._lengths[0])
+        if min(self._lengths) < max(self._lengths):
+            self.where = (torch.arange(count, device=device), slice(None), lengths)
+            beyond = torch.arange(self.columns, device=device) > lengths[:, None]
+            bias = torch.zeros(beyond.shape, device=device).masked_fill_(beyond, -torch.inf)
+            self._own_bias = bias[:, None, None]
         with attention(self._attend):
             output = self._model(
                 input_ids=tokens[:, None],
                 # Of four dimensions, so that no model makes one of its own: `_attend` looks at none.
-                attention_mask=torch.zeros(len(lengths), 1, 1, 1, dtype=torch.bool, device=device),
-                position_ids=(before + self.lengths)[:, None],
+                attention_mask=torch.zeros(count, 1, 1, 1, dtype=torch.bool, device=device),
+                position_ids=(before + lengths)[:, None],
                 past_key_values=Cache(layers=list(self._own)),
                 use_cache=True,
             )
-        self._lengths = [length + 1 for length in lengths]
+        self._lengths = [length + 1 for length in self._lengths]
         logits: Tensor = output.logits[:, -1]
         return logits
 
@@ -166,27 +167,52 @@ class SharedRows:
         """Attention of one new token a row. Shape: query (B, H·G, 1, D), key and value (B, H, T, D)."""
         rows, heads, size = len(query), key.shape[1], query.shape[3]
         grouped = query.reshape(rows, heads, -1, size) * (size**-0.5 if scaling is None else scaling)
-        own, own_mass = _softmax_attention(grouped, key, value, self._own_bias if self._ragged else None)
-        groups, n = grouped.shape[2], self._samples
-        seated = grouped.new_zeros(self._used * n, heads, groups, size)
-        seated[self._seats] = grouped
-        seated = seated.view(self._used, n, heads, groups, size).transpose(1, 2).flatten(2, 3)
-        keys, values = (kept[: self._used, :, : self._width] for kept in self._shared[module.layer_idx])
-        found, mass = _softmax_attention(seated, keys, values, self._bias[: self._used, :, :, : self._width])
-        found = found.unflatten(2, (n, groups)).transpose(1, 2).flatten(0, 1)[self._seats]
-        mass = mass.unflatten(2, (n, groups)).transpose(1, 2).flatten(0, 1)[self._seats]
-        share = torch.sigmoid(mass - own_mass)[..., None].to(own.dtype)
-        return torch.lerp(own, found, share).reshape(rows, 1, heads * groups, -1), None
+        own, own_mass = _softmax_attention(grouped, key, value, self._own_bias)
+        seated, (keys, values) = self._seated(grouped), self._shared[module.layer_idx]
+        parts = [
+            _softmax_attention(
+                seated[slots], keys[slots, :, :width], values[slots, :, :width], self._bias[slots, ..., :width]
+            )
+            for slots, width in self._groups
+        ]
+        found, mass = (self._stood(torch.cat(part)) for part in zip(*parts, strict=True))
+        share = torch.sigmoid(mass - own_mass).to(own.dtype)
+        return torch.lerp(own, found, share).reshape(rows, 1, -1, own.shape[3]), None
+
+    def _slot_groups(self) -> list[tuple[slice, int]]:
+        """Slots side by side, each group with the columns that its widest prompt takes: less padding is looked at."""
+        widths = [0] * self._used
+        for prompt, slot in self._slot_of.items():
+            widths[slot] = self._width_of[prompt]
+        size = -(-self._used // SLOT_GROUPS)
+        return [
+            (slice(start, min(start + size, self._used)), max(1, *widths[start : start + size]))
+            for start in range(0, self._used, size)
+        ]
+
+    def _seated(self, grouped: Tensor) -> Tensor:
+        """(B, H, G, D) as (P, H, n·G, D): with the other samples of its prompt."""
+        if self._seats is not None:
+            places = grouped.new_zeros(self._used * self._samples, *grouped.shape[1:])
+            grouped = places.index_copy_(0, self._seats, grouped)
+        seated: Tensor = grouped.unflatten(0, (self._used, self._samples)).transpose(1, 2).flatten(2, 3)
+        return seated
+
+    def _stood(self, seated: Tensor) -> Tensor:
+        """(P, H, n·G, D) as (B, H, G, D) again."""
+        places: Tensor = seated.unflatten(2, (self._samples, -1)).transpose(1, 2).flatten(0, 1)
+        return places if self._seats is None else places[self._seats]
 
 
 def _softmax_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention and the logarithm of its softmax's sum, which is float32."""
+    """Attention, and the logarithm of its softmax's sum in float32: (…, queries, D) and (…, queries, 1)."""
     scores = torch.matmul(query, keys.transpose(-1, -2)).float()
     if bias is not None:
         scores += bias
-    mass = scores.logsumexp(-1)
-    weights = torch.softmax(scores, dim=-1).to(values.dtype)
-    return torch.matmul(weights, values), mass
+    largest = scores.amax(-1, keepdim=True)
+    total = scores.sub_(largest).exp_().sum(-1, keepdim=True)
+    found = torch.matmul(scores.to(values.dtype), values)
+    return found.div_(total), largest + total.log()
 
 
 def _slots(like: Tensor, room: Room) -> Tensor:

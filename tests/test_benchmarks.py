@@ -16,10 +16,12 @@ from benchmarks.in_process import LocalRewardModel
 from benchmarks.peers import constant_padding, fastapi_server
 from benchmarks.plot import line_chart
 from benchmarks.results import Result, read_results, record, result, speedups, table
+from benchmarks.rollout_limit import limit_seconds
 from benchmarks.rounds import DifferentWorkError, check_same_work, interleaved
 from infra.triton_setup import free_ports
 from models.reward_model import render
 from reward_fixtures import MAX_TOKENS, TEMPLATE, ServedRewardModel, triton_module
+from tiny import VOCABULARY, tiny_llama
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONVERSATIONS = [
@@ -154,6 +156,17 @@ def test_the_fastapi_peer_answers_posts():
     finally:
         server.should_exit = True
         thread.join()
+
+
+def test_the_limit_of_rollouts_counts_each_prompt_once_and_each_drawn_token(monkeypatch):
+    monkeypatch.setattr("benchmarks.rollout_limit.SECONDS_PER_SHAPE", 1e-3)
+    found = limit_seconds(tiny_llama(), [3, 5], samples=2, tokens=4)
+    layer = 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64)  # q, k and v of 2 heads, o, and the three of the MLP
+    passes = 3 + 5 + 4 * 3  # prompts once, then three tokens of each of four responses
+    head = 2 * 32 * VOCABULARY * (2 + 4 * 3)
+    pairs = (6 + 15) + 2 * ((4 + 5 + 6) + (6 + 7 + 8))
+    assert found.operations == 2 * layer * passes + head + 4 * pairs * 2 * 4 * 8
+    assert found.seconds > 0
 
 
 def test_the_chart_is_well_formed_and_shows_every_point():

@@ -1,32 +1,79 @@
-"""Sampling against a plain loop without cache or padding, and against exact distributions."""
+"""Decoding against a plain loop without cache, padding or batch, on models of many kinds; and against exact sums."""
+
+import itertools
 
 import numpy as np
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from scipy import stats
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from alignment.errors import ConfigError
 from alignment.rollouts import uniforms
 from models.batching import response_batch, response_logits
-from models.decoding import sample, stream
-from models.sampling import Sampling, draw
+from models.decoding import respond, sample, stream
+from models.prefill import plain_cache
+from models.rows import Job, Room, longest_first, most_room
+from models.sampling import Sampling, adjusted
+from models.shared_rows import SharedRows
 from tiny import EOS, VOCABULARY, random_rows, tiny_llama
 
 PROMPTS = random_rows([3, 9, 5, 1])
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+KINDS = {
+    "llama": ("LlamaConfig", GROUPED, True),
+    "llama, one head of keys": ("LlamaConfig", {**SIZES, "num_key_value_heads": 1}, True),
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4}, True),
+    "opt": ("OPTConfig", {**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 32}, True),
+    "gpt-neox": ("GPTNeoXConfig", SIZES, True),
+    "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 8}, True),
+    "mistral, a wide window": ("MistralConfig", {**GROUPED, "sliding_window": 30}, True),
+    "mistral, a narrow window": ("MistralConfig", {**GROUPED, "sliding_window": 4}, False),
+    "gemma3, a wide window": ("Gemma3TextConfig", {**GROUPED, "head_dim": 8, "sliding_window": 64}, True),
+    "gemma3, a narrow window": ("Gemma3TextConfig", {**GROUPED, "head_dim": 8, "sliding_window": 4}, False),
+    "gemma2, a softcap": ("Gemma2Config", {**GROUPED, "head_dim": 8}, False),
+    "bloom, positions by distance": ("BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 4}, False),
+}
 
 
-def reference_sample(model, prompt, numbers, sampling):
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The models are too small to divide."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tiny(kind: str):
+    """A model of that kind with random weights, and whether its prompts can be shared."""
+    name, sizes, shared = KINDS[kind]
+    special = {"bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0}
+    config = getattr(transformers, name)(vocab_size=VOCABULARY, initializer_range=0.3, **sizes, **special)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval(), shared
+
+
+def plain_loop(model, prompt, numbers, sampling):
     """One response by full forward passes: no cache, no padding, no batch; inverse CDF in float64 numpy."""
-    ids, response = list(prompt), []
+    ids, response, logged = list(prompt), [], []
     for u in numbers:
         with torch.no_grad():
-            logits = model(torch.tensor([ids])).logits[0, -1].double() / sampling.temperature
-        cumulative = np.cumsum(torch.softmax(logits, -1).numpy())
+            logits = model(torch.tensor([ids])).logits[0, -1].double()
+        wanted = adjusted(logits[None], sampling, seen=[ids], lengths=[len(response)], ending=torch.tensor([EOS]))[0]
+        cumulative = np.cumsum(torch.softmax(wanted / sampling.temperature, -1).numpy())
         token = int(np.searchsorted(cumulative / cumulative[-1], u, side="right"))
+        logged.append(float(torch.log_softmax(logits, -1)[token]))
         ids.append(token)
         response.append(token)
         if token == EOS:
-            return tuple(response), "stop"
-    return tuple(response), "length"
+            return tuple(response), "stop", logged
+    return tuple(response), "length", logged
 
 
 def numbers_for(prompts, n, tokens):
@@ -35,17 +82,135 @@ def numbers_for(prompts, n, tokens):
     )
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_samples_are_those_of_a_plain_loop(temperature):
-    model, sampling = tiny_llama(), Sampling(40, temperature=temperature)
-    numbers = numbers_for(PROMPTS, 6, 40)
-    got = sample(model, PROMPTS, numbers, sampling, eos_ids=[EOS])
-    expected = [
-        [reference_sample(model, p, u.tolist(), sampling) for u in us] for p, us in zip(PROMPTS, numbers, strict=True)
-    ]
-    assert [[(s.token_ids, s.finish_reason) for s in row] for row in got] == expected
-    reasons = [s.finish_reason for row in got for s in row]
-    assert {"stop", "length"} == set(reasons)  # both ways to end, and rows were dropped on the way
+def responses(model, prompts, numbers, sampling, batch_tokens):
+    """All that `respond` gives, each prompt once."""
+    found = {}
+    for some in respond(model, prompts, numbers, sampling, eos_ids=[EOS], batch_tokens=batch_tokens):
+        assert not found.keys() & some.keys()
+        found |= some
+    return [found[i] for i in range(len(prompts))]
+
+
+def check(got, model, prompts, numbers, sampling):
+    """Samples are those of the plain loop, with its log-probabilities."""
+    for samples, prompt, rows in zip(got, prompts, numbers, strict=True):
+        for one, row in zip(samples, rows, strict=True):
+            tokens, reason, logged = plain_loop(model, prompt, row.tolist(), sampling)
+            assert (one.token_ids, one.finish_reason) == (tokens, reason)
+            np.testing.assert_allclose(one.log_probs, logged, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_are_those_of_a_plain_loop_for_models_of_many_kinds(kind):
+    (model, shared), sampling, numbers = tiny(kind), Sampling(12), numbers_for(PROMPTS, 3, 12)
+    with torch.inference_mode():
+        assert (plain_cache(model, EOS, tokens=21) is not None) == shared
+    check(responses(model, PROMPTS, numbers, sampling, 75), model, PROMPTS, numbers, sampling)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(30), Sampling(30, 5, temperature=2.0, repetition_penalty=1.3)])
+@pytest.mark.parametrize("batch_tokens", [39, 120, 10_000])
+def test_samples_are_those_of_a_plain_loop_however_few_fit(sampling, batch_tokens):
+    model, numbers = tiny_llama(), numbers_for(PROMPTS, 4, 30)
+    got = responses(model, PROMPTS, numbers, sampling, batch_tokens)
+    check(got, model, PROMPTS, numbers, sampling)
+    reasons = {s.finish_reason for row in got for s in row}
+    assert reasons == {"stop", "length"}  # both ways to end, and rows took the place of others on the way
+
+
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6), n=st.integers(1, 4), extra=st.integers(0, 150))
+@settings(deadline=None, max_examples=12)
+def test_a_sample_does_not_depend_on_its_batch(lengths, n, extra):
+    model, sampling, prompts = tiny_llama(), Sampling(10, temperature=1.5), random_rows(lengths)
+    numbers = numbers_for(prompts, n, 10)
+    got = responses(model, prompts, numbers, sampling, max(lengths) + 10 + extra)
+    alone = [sample(model, [p], numbers[i : i + 1], sampling, eos_ids=[EOS])[0] for i, p in enumerate(prompts)]
+    assert [[s.token_ids for s in row] for row in got] == [[s.token_ids for s in row] for row in alone]
+
+
+def test_a_policy_with_lora_is_sampled_as_it_is():
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
+    sampling, numbers = Sampling(12), numbers_for(PROMPTS, 3, 12)
+    got = responses(model.eval(), PROMPTS, numbers, sampling, 100)
+    check(got, model, PROMPTS, numbers, sampling)
+    base = responses(tiny_llama(), PROMPTS, numbers, sampling, 100)
+    assert [[s.token_ids for s in row] for row in got] != [[s.token_ids for s in row] for row in base]
+
+
+def test_the_sampled_sequences_have_the_probabilities_of_the_model():
+    """Chi-square over all sequences of at most three tokens, those expected fewer than five times as one."""
+    torch.manual_seed(1)
+    config = LlamaConfig(**GROUPED, vocab_size=5, initializer_range=0.4, bos_token_id=1, eos_token_id=EOS)
+    model, prompt, n = LlamaForCausalLM(config).eval(), [1, 3], 4000
+    sequences = [
+        s for size in (1, 2, 3) for s in itertools.product(range(5), repeat=size)
+        if EOS not in s[:-1] and (s[-1] == EOS or size == 3)
+    ]  # fmt: skip
+    exact = []
+    for sequence in sequences:
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *sequence]])).logits[0].double()
+        steps = torch.log_softmax(logits[len(prompt) - 1 : -1], -1)
+        exact.append(float(steps[range(len(sequence)), list(sequence)].sum().exp()))
+    assert sum(exact) == pytest.approx(1, abs=1e-6)
+    (drawn,) = responses(model, [prompt], numbers_for([prompt], n, 3), Sampling(3), 9_000)
+    counts = {sequence: 0 for sequence in sequences}
+    for one in drawn:
+        counts[one.token_ids] += 1
+    often = [i for i, p in enumerate(exact) if n * p >= 5]
+    observed = [counts[sequences[i]] for i in often]
+    expected = [n * exact[i] for i in often]
+    test = stats.chisquare([*observed, n - sum(observed)], [*expected, n - sum(expected)])
+    assert len(often) > 20 and test.pvalue > 0.01
+    for one in drawn[:50]:
+        assert sum(one.log_probs) == pytest.approx(np.log(exact[sequences.index(one.token_ids)]), abs=1e-4)
+
+
+def test_greedy_decoding_takes_the_likeliest_and_gives_its_probability():
+    model, numbers = tiny_llama(), numbers_for(PROMPTS, 2, 8)
+    for prompt, samples in zip(
+        PROMPTS, sample(model, PROMPTS, numbers, Sampling(8, temperature=0), eos_ids=[EOS]), strict=True
+    ):
+        generated = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=EOS)
+        assert [list(s.token_ids) for s in samples] == [generated[0, len(prompt) :].tolist()] * 2
+        with torch.no_grad():
+            logits = model(generated).logits[0, len(prompt) - 1 : -1]
+        expected = torch.log_softmax(logits, -1).amax(-1)
+        np.testing.assert_allclose(samples[0].log_probs, expected, atol=1e-4)
+
+
+def test_no_response_ends_before_its_least_length():
+    numbers = numbers_for(PROMPTS, 8, 40)
+    free, held = (sample(tiny_llama(), PROMPTS, numbers, Sampling(40, least), eos_ids=[EOS]) for least in (0, 12))
+    assert min(len(s.token_ids) for row in free for s in row) < 12
+    # The ending token is the one beyond the least length.
+    assert min(len(s.token_ids) for row in held for s in row if s.finish_reason == "stop") >= 13
+    assert min(len(s.token_ids) for row in held for s in row) >= 13
+
+
+def test_a_response_ends_with_the_token_that_completes_a_stop_string():
+    def letters(_, ids):
+        return "".join(chr(ord("0") + i) for i in ids)
+
+    model, numbers = tiny_llama(), numbers_for(PROMPTS, 4, 20)
+    free = sample(model, PROMPTS, numbers, Sampling(20), eos_ids=[EOS])
+    text = letters(None, free[0][0].token_ids)
+    stop = (text[4:6], text[9])
+    stopped = sample(model, PROMPTS, numbers, Sampling(20, stop=stop), eos_ids=[EOS], decode=letters)
+    for whole, one in zip(itertools.chain(*free), itertools.chain(*stopped), strict=True):
+        length, said = len(one.token_ids), letters(None, one.token_ids)
+        assert one.token_ids == whole.token_ids[:length]
+        ends = [i for i in range(1, length + 1) if any(s in said[:i] for s in stop)]
+        assert ends in ([], [length])
+        assert one.finish_reason == ("stop" if ends else whole.finish_reason)
+        assert len(one.log_probs) == length
+    assert len(stopped[0][0].token_ids) <= 6
+    with pytest.raises(ValueError, match="decode"):
+        sample(model, PROMPTS, numbers, Sampling(20, stop=stop), eos_ids=[EOS])
 
 
 def test_a_stream_gives_the_tokens_of_the_sample():
@@ -57,54 +222,42 @@ def test_a_stream_gives_the_tokens_of_the_sample():
         assert got == [one.token_ids for one in expected]
 
 
-def test_a_sample_does_not_depend_on_its_batch():
-    model, sampling = tiny_llama(), Sampling(20)
-    numbers = numbers_for(PROMPTS, 3, 20)
-    together = sample(model, PROMPTS, numbers, sampling, eos_ids=[EOS])
-    alone = [sample(model, [p], numbers[i : i + 1], sampling, eos_ids=[EOS])[0] for i, p in enumerate(PROMPTS)]
-    assert [[s.token_ids for s in row] for row in together] == [[s.token_ids for s in row] for row in alone]
+def test_prompts_are_given_as_soon_as_all_their_responses_are_done():
+    prompts = random_rows([4] * 6)
+    numbers = numbers_for(prompts, 2, 10)
+    lists = list(respond(tiny_llama(), prompts, numbers, Sampling(10), eos_ids=[EOS], batch_tokens=60))
+    assert len(lists) > 2
+    assert all(len(samples) == 2 for some in lists for samples in some.values())
+    assert sorted(prompt for some in lists for prompt in some) == list(range(6))
 
 
-def test_sliding_window_models_keep_their_own_cache():
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, sliding_window=4, initializer_range=0.3, eos_token_id=EOS,
-    )  # fmt: skip
-    model, sampling = MistralForCausalLM(config).eval(), Sampling(12)
-    prompts, numbers = random_rows([6, 6]), numbers_for(range(2), 2, 12)
-    got = sample(model, prompts, numbers, sampling, eos_ids=[EOS])
-    expected = [
-        [reference_sample(model, p, u.tolist(), sampling) for u in us] for p, us in zip(prompts, numbers, strict=True)
-    ]
-    assert [[(s.token_ids, s.finish_reason) for s in row] for row in got] == expected
+def test_room_is_the_most_rows_that_the_budget_holds():
+    # Rows of 10 tokens, 4 samples a prompt: 6 rows need 3 slots of 5 columns, 7 rows need 4.
+    assert most_room([5, 3, 2, 2, 1], 4, 10, budget=75, shared=True) == Room(6, 10, 3, 5)
+    assert most_room([5, 3, 2, 2, 1], 4, 10, budget=89, shared=True) == Room(6, 10, 3, 5)
+    assert most_room([5, 3, 2, 2, 1], 4, 10, budget=90, shared=True) == Room(7, 10, 4, 5)
+    assert most_room([5, 3], 4, 10, budget=10**9, shared=True) == Room(8, 10, 2, 5)
+    assert most_room([5, 3], 4, 10, budget=75, shared=False) == Room(5, 10, 5, 5)
+    assert most_room([5], 4, 10, budget=15, shared=True).rows == 1
+    with pytest.raises(ConfigError, match=r"rollouts\.batch_tokens \(14\) must be >= 15"):
+        most_room([5], 4, 10, budget=14, shared=True)
 
 
-def test_draw_follows_the_distribution():
-    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(3)) * 2
-    grid = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000  # inverse CDF on a grid is exact
-    drawn = draw(logits.expand(len(grid), -1), grid, Sampling(1))
-    frequencies = torch.bincount(drawn, minlength=12) / len(grid)
-    torch.testing.assert_close(frequencies, torch.softmax(logits[0], -1), atol=2e-5, rtol=0)
+def test_the_cache_takes_what_the_room_says():
+    model = tiny_llama()
+    with torch.inference_mode():
+        like = plain_cache(model, EOS, tokens=50)
+    room = most_room(list(map(len, PROMPTS)), 4, 10, budget=100, shared=True)
+    rows = SharedRows(model, PROMPTS, like, room, samples=4, pad_id=EOS)
+    kept = [t for layer in rows._own for t in (layer.all_keys, layer.all_values)]
+    kept += [t for pair in rows._shared for t in pair]
+    bytes_per_token = 2 * 2 * 2 * 8 * 4  # layers × (keys, values) × key heads × head size × float32
+    assert sum(t.nbytes for t in kept) == room.cached_tokens * bytes_per_token <= 100 * bytes_per_token
 
 
-def test_draw_at_the_ends_stays_on_tokens_that_may_be_drawn():
-    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).expand(3, -1)
-    assert draw(logits, torch.tensor([0.0, 0.5, 1 - 1e-16], dtype=torch.float64), Sampling(1)).tolist() == [1, 2, 2]
-
-
-def test_top_k_and_top_p_by_hand():
-    probabilities = torch.tensor([0.4, 0.3, 0.2, 0.1])
-    logits = probabilities.log()[None].expand(1000, -1)
-    grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-
-    def share(**restriction):
-        return torch.bincount(draw(logits, grid, Sampling(1, **restriction)), minlength=4) / 1000
-
-    torch.testing.assert_close(share(top_k=2), torch.tensor([4 / 7, 3 / 7, 0, 0]), atol=2e-3, rtol=0)
-    # 0.4 + 0.3 reaches 0.6, so two tokens make the smallest set
-    torch.testing.assert_close(share(top_p=0.6), torch.tensor([4 / 7, 3 / 7, 0, 0]), atol=2e-3, rtol=0)
-    torch.testing.assert_close(share(top_k=1), torch.tensor([1.0, 0, 0, 0]))
+def test_jobs_begin_with_the_longest_prompt():
+    jobs = longest_first([[1] * n for n in (2, 5, 2)], 2)
+    assert list(jobs) == [Job(1, 0), Job(1, 1), Job(0, 0), Job(0, 1), Job(2, 0), Job(2, 1)]
 
 
 def test_uniforms_depend_on_the_name_alone():

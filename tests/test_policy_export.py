@@ -230,12 +230,12 @@ def test_the_copied_draw_is_the_projects(served_code: ModuleType) -> None:
     generator = torch.Generator().manual_seed(0)
     logits, uniforms = torch.randn(64, 50, generator=generator) * 3, torch.rand(64, generator=generator)
     for temperature, top_p in ((1.0, 1.0), (0.3, 1.0), (1.7, 0.6), (1.0, 0.05)):
-        ours = draw(logits, uniforms, Sampling(1, temperature=temperature, top_p=top_p))
+        ours, _ = draw(logits, uniforms, Sampling(1, temperature=temperature, top_p=top_p))
         columns = (torch.full((64,), value) for value in (temperature, top_p))
         assert torch.equal(served_code.draw(logits, uniforms, *columns), ours)
     mixed = served_code.draw(logits, uniforms, torch.tensor([0.0, 1.0] * 32), torch.ones(64))
     assert torch.equal(mixed[::2], logits[::2].argmax(-1))
-    assert torch.equal(mixed[1::2], draw(logits[1::2], uniforms[1::2], Sampling(1)))
+    assert torch.equal(mixed[1::2], draw(logits[1::2], uniforms[1::2], Sampling(1))[0])
 
 
 def test_an_export_holds_a_plain_model_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,65 @@
+"""What generating would take if it were matrix products alone, at the rate that this machine does them."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+PREFILL_ROWS = 512
+"""Rows of a matrix product in prefill, where more make it no faster."""
+SECONDS_PER_SHAPE = 0.25
+
+Shape = tuple[int, int, int]
+"""Rows, inputs and outputs of a matrix product."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """`seconds` for `operations` floating-point operations."""
+
+    seconds: float
+    operations: float
+
+
+def limit_seconds(model: Any, lengths: Sequence[int], *, samples: int, tokens: int) -> Limit:
+    """The least time for `samples` responses of `tokens` tokens to each prompt, none of which is read twice.
+
+    Attention counts with its operations at the mean rate of the products; norms, activations and drawing count nothing.
+    """
+    rows, read = len(lengths) * samples, sum(lengths)
+    work: Counter[Shape] = Counter()  # how many rows go through each shape, by shape
+    head = model.get_output_embeddings()
+    for layer in (module for module in model.modules() if isinstance(module, nn.Linear)):
+        outputs, inputs = layer.weight.shape
+        if layer is head:
+            work[rows, inputs, outputs] += len(lengths) + rows * (tokens - 1)
+        else:
+            work[PREFILL_ROWS, inputs, outputs] += read
+            work[rows, inputs, outputs] += rows * (tokens - 1)
+    seconds = sum(count * 2 * s[1] * s[2] / _rate(s) for s, count in work.items())
+    products = sum(count * 2.0 * inputs * outputs for (_, inputs, outputs), count in work.items())
+    attention = _attention(model.config, lengths, samples, tokens)
+    return Limit(seconds * (1 + attention / products), products + attention)
+
+
+def _attention(config: Any, lengths: Sequence[int], samples: int, tokens: int) -> float:
+    """Operations of queries × keys and weights × values: four a pair of positions and query channel."""
+    pairs = sum(n * (n + 1) / 2 + samples * sum(n + t for t in range(1, tokens)) for n in lengths)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 4.0 * pairs * config.num_hidden_layers * config.num_attention_heads * size
+
+
+def _rate(shape: Shape) -> float:
+    """Floating-point operations a second of `rows` × inputs by inputs × outputs, as a linear layer does them."""
+    rows, inputs, outputs = shape
+    x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+    nn.functional.linear(x, weight)
+    begun, count = time.perf_counter(), 0
+    while time.perf_counter() - begun < SECONDS_PER_SHAPE:
+        nn.functional.linear(x, weight)
+        count += 1
+    return 2.0 * rows * inputs * outputs * count / (time.perf_counter() - begun)

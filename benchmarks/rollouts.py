@@ -1,0 +1,172 @@
+"""What generating rollouts costs: against transformers' `generate`, and against what the machine could do.
+
+    python -m benchmarks.rollouts [--rounds N] [--threads N] [--only NAME …]
+
+16 prompts of 40 to 200 tokens × 8 samples × 64 new tokens, SmolLM2-135M in float32, its own distribution. The tokens of
+the prompts are random, and the ending token is one that is never drawn, so that every way draws the same number of
+tokens. Results go to benchmarks/results/latest.json, growth in time and memory to rollouts_*.svg there.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignment.config_sections import ResourcesSection, RolloutsSection
+from alignment.embedded import policy_folder
+from alignment.errors import AlignmentError
+from alignment.progress import ProgressLines
+from benchmarks.results import Result, record, result, speedups, table
+from benchmarks.rollout_limit import limit_seconds
+from benchmarks.rounds import Note, Way, interleaved
+from models.decoding import respond
+from models.memory import keep_freed_memory
+from models.policy import load_policy
+from models.sampling import Sampling
+
+COMMAND = "python -m benchmarks.rollouts"
+PLOT = "plot"
+PROMPTS, SAMPLES, NEW_TOKENS = 16, 8, 64
+SHORTEST, LONGEST = 40, 200
+ROWS = 32
+"""Rows of a batch of `generate`."""
+UNDRAWN = 3
+"""A reserved token of SmolLM2's, which ends a response in no way's eyes but never comes."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The model and the work that all comparisons share. Shape: numbers (prompts, samples, new tokens)."""
+
+    model: Any
+    prompts: list[list[int]]
+    numbers: torch.Tensor
+    rounds: int
+    note: Note
+
+    def ours(self) -> list[float]:
+        """All responses by the in-process engine with the default budget; returns the number of tokens drawn."""
+        return [float(self.drawn(self.prompts, self.numbers, RolloutsSection.model_fields["batch_tokens"].default))]
+
+    def drawn(self, prompts: list[list[int]], numbers: torch.Tensor, batch_tokens: int) -> int:
+        """Tokens that the in-process engine draws."""
+        sampling = Sampling(numbers.shape[2])
+        found = respond(self.model, prompts, numbers, sampling, eos_ids=[UNDRAWN], batch_tokens=batch_tokens)
+        return sum(len(one.token_ids) for some in found for samples in some.values() for one in samples)
+
+    @torch.inference_mode()
+    def generate(self) -> list[float]:
+        """The same number of responses by `generate`, prompts in their order, padded on the left."""
+        from models.batching import left_pad
+
+        count, drawn = ROWS // SAMPLES, 0
+        for start in range(0, len(self.prompts), count):
+            ids, mask = left_pad(self.prompts[start : start + count], pad_id=UNDRAWN)
+            out = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                do_sample=True,
+                top_k=0,
+                num_return_sequences=SAMPLES,
+                max_new_tokens=NEW_TOKENS,
+                eos_token_id=UNDRAWN,
+                pad_token_id=UNDRAWN,
+            )
+            drawn += int((out[:, ids.shape[1] :] != UNDRAWN).sum())
+        return [float(drawn)]
+
+
+def against_generate(bench: Bench) -> list[Result]:
+    """Ours over `generate` for the same number of tokens."""
+    name = "rollouts_vs_generate"
+    ways: dict[str, Way] = {"ours": bench.ours, "generate": bench.generate}
+    seconds = interleaved(ways, bench.rounds, bench.note, title=name)
+    tokens = len(bench.prompts) * SAMPLES * NEW_TOKENS
+    against = (
+        f"transformers' generate, num_return_sequences={SAMPLES}, {ROWS} rows a batch: "
+        f"{tokens / min(seconds['generate']):.0f} tokens/s, ours {tokens / min(seconds['ours']):.0f}"
+    )
+    ratios = speedups(seconds["generate"], seconds["ours"])
+    return [result(name, ratios, target=3.0, against=against, command=COMMAND)]
+
+
+def share_of_limit(bench: Bench) -> list[Result]:
+    """Seconds of the bare matrix products over ours, both timed in each round."""
+    name = "rollouts_share_of_limit"
+    lengths = [len(prompt) for prompt in bench.prompts]
+    limits: list[float] = []
+
+    def limit() -> list[float]:
+        found = limit_seconds(bench.model, lengths, samples=SAMPLES, tokens=NEW_TOKENS)
+        limits.append(found.seconds)
+        return [float(len(lengths) * SAMPLES * NEW_TOKENS)]
+
+    ways: dict[str, Way] = {"ours": bench.ours, "limit": limit}
+    seconds = interleaved(ways, bench.rounds, bench.note, title=name)["ours"]
+    against = "operations of prefill and decoding over the rate of matrix products of their shapes, timed by themselves"
+    shares = [one / own for one, own in zip(limits[1:], seconds, strict=True)]
+    return [result(name, shares, target=0.6, against=against, command=COMMAND)]
+
+
+COMPARISONS: dict[str, Callable[[Bench], list[Result]]] = {
+    "rollouts_vs_generate": against_generate,
+    "rollouts_share_of_limit": share_of_limit,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the comparisons, record and print them. 0 whatever the ratios are; 1 where one could not be made."""
+    options = _parser().parse_args(arguments)
+    lines = ProgressLines(total_steps=1)
+    try:
+        with tempfile.TemporaryDirectory(prefix="rollouts-bench-") as scratch:
+            results = run(options, Path(scratch), lambda text: lines.update({"kind": "note", "text": text}))
+    except AlignmentError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(table(results))
+    return 0
+
+
+def run(options: argparse.Namespace, scratch: Path, note: Note) -> list[Result]:
+    """Each comparison that was asked for, recorded as soon as it is made; the plot at the end."""
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as a worker does
+    source = policy_folder("smollm2-135m", scratch, note)
+    bench = Bench(load_policy(source, prompt_format="text").model, *workload(), options.rounds, note)
+    results = []
+    for name in options.only:
+        if name != PLOT:
+            made = COMPARISONS[name](bench)
+            record(made)
+            results += made
+    if PLOT in options.only:
+        from benchmarks.rollouts_plot import draw
+
+        draw(options.threads, Path(source), note)
+    return results
+
+
+def workload(prompts: int = PROMPTS, samples: int = SAMPLES, tokens: int = NEW_TOKENS) -> tuple[Any, torch.Tensor]:
+    """Prompts of random tokens, lengths spread evenly and in no order, and a uniform number for every token."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.linspace(SHORTEST, LONGEST, prompts).round().int()[torch.randperm(prompts, generator=generator)]
+    rows = [torch.randint(100, 49152, (int(n),), generator=generator).tolist() for n in lengths]
+    return rows, torch.rand(prompts, samples, tokens, generator=generator, dtype=torch.float64)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="ratios per comparison")
+    parser.add_argument("--threads", type=int, default=ResourcesSection().threads, help="torch threads of each way")
+    parser.add_argument("--only", nargs="+", choices=[*COMPARISONS, PLOT], default=[*COMPARISONS, PLOT])
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
