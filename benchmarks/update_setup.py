@@ -56,11 +56,11 @@ def rollouts(policy: Path, count: int, dialogues: Path | None) -> list[Rollout]:
     raise DataError(f"--examples ({count}) is more than the {len(made)} that the source holds")
 
 
-def uniform_rollouts(count: int, length: int) -> list[Rollout]:
+def uniform_rollouts(count: int, length: int, *, vocabulary: int = 40_000) -> list[Rollout]:
     """Rollouts of random tokens, all of which but the first are the response."""
     import torch
 
-    ids = torch.randint(1000, 40_000, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randint(vocabulary, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
     return [_rollout(i, tuple(row[:1]), tuple(row[1:])) for i, row in enumerate(ids)]
 
 
