@@ -25,13 +25,13 @@ def start(cache: Path, threads: int, note: Note) -> Path:
     """The folder of the default policy; torch on `threads` threads, and a process group of this process alone."""
     from alignment.engine import start_ranks
 
-    with _alone():
+    with alone():
         start_ranks(threads=threads, gpu=False)
     return Path(policy_folder("smollm2-135m", cache, note))
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def alone() -> Iterator[None]:
     """The environment of a rank without peers, as long as DeepSpeed reads it: accelerate would take it for its own."""
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     with patch.dict(os.environ, rank):
@@ -77,7 +77,7 @@ def updating(policy: Path, examples: Sequence[Rollout], micro_batch_size: int) -
     training = TrainingSection(global_batch_size=len(examples), micro_batch_size=micro_batch_size, **TRAINING)
     model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
     loss = SequenceLoss(model, packed=packing_leak(model) == 0)
-    with _alone():
+    with alone():
         engine = build_engine(loss, training, zero_stage=0, world_size=1)
 
     def step() -> list[float]:
