@@ -122,7 +122,10 @@ def loss_sums(logits: Tensor, targets: Tensor, base_logits: Tensor | None, kl_pe
 
 @torch.no_grad()
 def has_plain_head(model: Any) -> bool:
-    """Whether a causal LM's logits are its output head's product with the last hidden state, and nothing more."""
+    """Whether a causal LM's logits are its output head's product with the last hidden state, and nothing more.
+
+    The model must be in evaluation mode, and whole.
+    """
     head = model.get_output_embeddings()
     if head is None or model.base_model is model:
         return False

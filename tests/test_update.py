@@ -164,6 +164,12 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, zero_stage):
     check_update(*run_update(tmp_path, **settings), [])
 
 
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_an_optimizer_on_the_host_changes_no_gradient(tmp_path, zero_stage):
+    # Here the host is all there is: DeepSpeed's way of doing it is seen, and that nothing is compiled.
+    check_update(*run_update(tmp_path, offload_optimizer=True, zero_stage=zero_stage, micro_batch_size=2), [])
+
+
 def test_a_plain_copy_follows_the_adapters_as_peft_merges_them():
     adapted, copy = update_ranks.with_adapters(tiny_llama(), TrainingSection(**LORA)), tiny_llama(BASE_SEED)
     copy_weights(adapted, copy)
