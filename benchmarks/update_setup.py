@@ -88,11 +88,20 @@ def updating(policy: Path, examples: Sequence[Rollout], micro_batch_size: int) -
     return step
 
 
-def parameters(policy: Path) -> int:
-    """Parameters of the policy; its output head is its embedding."""
+def operations(policy: Path, examples: Sequence[Rollout]) -> int:
+    """6 per parameter and token: the body's for every token, the head's for those that are learned.
+
+    The policy's head is its embedding, so its weights count once.
+    """
+    from transformers import AutoConfig
+
     from alignment.disk import count_parameters
 
-    return count_parameters(policy)
+    config = AutoConfig.from_pretrained(policy)
+    head = config.vocab_size * config.hidden_size
+    learned = sum(r.num_tokens for r in examples)
+    tokens = learned + sum(len(r.prompt_ids) for r in examples)
+    return 6 * ((count_parameters(policy) - head) * tokens + head * learned)
 
 
 def matrix_rate(policy: Path, rows: int) -> float:

@@ -4,13 +4,15 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from alignment.disk import count_parameters
 from alignment.embedded import policy_folder
 from alignment.engine import start_ranks
 from benchmarks.peers.plain_torch import PlainLoop
 from benchmarks.peers.supervised_trainers import hf_trainer, trl_trainer
 from benchmarks.rounds import check_same_work
-from benchmarks.update_setup import matrix_rate, parameters, rollouts, uniform_rollouts, updating
+from benchmarks.update_setup import matrix_rate, operations, rollouts, uniform_rollouts, updating
 from reward_runs import alone
 
 
@@ -64,6 +66,10 @@ def test_without_dialogues_the_examples_are_the_products_own(policy):
     assert len(examples) == 3 and all(r.prompt_ids and r.num_tokens > 1 for r in examples)
 
 
-def test_the_limit_counts_the_models_parameters_and_products(policy):
-    assert parameters(policy) > 0
+def test_the_limit_counts_the_head_where_it_is_needed(policy):
+    (one,) = uniform_rollouts(1, 5, vocabulary=60)  # 5 tokens, 4 of which are learned
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    head = model.lm_head.weight.numel()
+    body = count_parameters(policy) - head
+    assert operations(policy, [one]) == 6 * (5 * body + 4 * head)
     assert matrix_rate(policy, 16) > 0
