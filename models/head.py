@@ -73,6 +73,9 @@ class _ChunkedLoss(torch.autograd.Function):
             if base is not None:
                 own = (weight, bias) if base.head is None else (base.head.weight, base.head.bias)
                 base_logits = F.linear(base.hidden[tokens], *own)
+            if not with_gradient:
+                sums += loss_sums(logits, targets[tokens], base_logits, kl_penalty)
+                continue
             parts, slope = _loss_and_slope(logits, targets[tokens], base_logits, kl_penalty)
             sums += parts
             if slope_hidden is not None:
