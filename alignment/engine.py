@@ -94,6 +94,8 @@ def build_engine(module: nn.Module, section: OptimizerSection, *, zero_stage: in
         _keep_layer_inputs_only(module)
     settings = engine_settings(section, zero_stage=zero_stage, world_size=world_size, dtype=trainable[0].dtype)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
+    if world_size == 1 and zero_stage == 0 and trainable[0].dtype == torch.float32:
+        engine.enable_backward_allreduce = False  # it would copy all gradients out and back, to sum them with nobody's
     # In bf16 without ZeRO, DeepSpeed makes the moments by a step on zeros: counted, it would halve the first update.
     for state in optimizer.state.values():
         if "step" in state:

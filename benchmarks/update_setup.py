@@ -26,13 +26,13 @@ def start(cache: Path, threads: int, note: Note) -> Path:
     """The folder of the default policy; torch on `threads` threads, and a process group of this process alone."""
     from alignment.engine import start_ranks
 
-    with _alone():
+    with alone():
         start_ranks(threads=threads, gpu=False)
     return Path(policy_folder("smollm2-135m", cache, note))
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def alone() -> Iterator[None]:
     """The environment of a rank without peers, as long as DeepSpeed reads it: accelerate would take it for its own."""
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     with patch.dict(os.environ, rank):
@@ -57,11 +57,11 @@ def rollouts(policy: Path, count: int, dialogues: Path | None) -> list[Rollout]:
     raise DataError(f"--examples ({count}) is more than the {len(made)} that the source holds")
 
 
-def uniform_rollouts(count: int, length: int) -> list[Rollout]:
+def uniform_rollouts(count: int, length: int, *, vocabulary: int = 40_000) -> list[Rollout]:
     """Rollouts of random tokens, all of which but the first are the response."""
     import torch
 
-    ids = torch.randint(1000, 40_000, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randint(vocabulary, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
     return [_rollout(i, tuple(row[:1]), tuple(row[1:])) for i, row in enumerate(ids)]
 
 
@@ -92,15 +92,24 @@ def engine_for(model: Any, training: TrainingSection) -> Any:
     from models.sequence_loss import SequenceLoss
 
     loss = SequenceLoss(model, packed=packing_leak(model) == 0)
-    with _alone():
+    with alone():
         return build_engine(loss, training, zero_stage=0, world_size=1)
 
 
-def parameters(policy: Path) -> int:
-    """Parameters of the policy; its output head is its embedding."""
+def operations(policy: Path, examples: Sequence[Rollout]) -> int:
+    """6 per parameter and token: the body's for every token, the head's for those that are learned.
+
+    The policy's head is its embedding, so its weights count once.
+    """
+    from transformers import AutoConfig
+
     from alignment.disk import count_parameters
 
-    return count_parameters(policy)
+    config = AutoConfig.from_pretrained(policy)
+    head = config.vocab_size * config.hidden_size
+    learned = sum(r.num_tokens for r in examples)
+    tokens = learned + sum(len(r.prompt_ids) for r in examples)
+    return 6 * ((count_parameters(policy) - head) * tokens + head * learned)
 
 
 def matrix_rate(policy: Path, rows: int) -> float:

@@ -3,8 +3,8 @@
     python -m benchmarks.updates [--examples N] [--rounds N] [--threads N] [--dialogues FILE] [--only NAME …]
 
 The default policy in float32, and AdamW with a rate too small to move a weight: so each round starts from the same
-weights, and the loss of each way's step is checked to be the same (1e-4). The machine's own limit, 6 operations per
-parameter and token at the measured rate of the model's matrix products, is told beside each result.
+weights, and the loss of each way's step is checked to be the same (1e-4). The machine's own limit, the operations of
+the step at the measured rate of the model's matrix products, is told beside each result.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from alignment.types import Rollout
 from benchmarks.results import Result, record, result, speedups, table
 from benchmarks.rounds import Note, Way, interleaved
 from benchmarks.texts import HH_PAIRS
-from benchmarks.update_setup import matrix_rate, parameters, rollouts, start, uniform_rollouts, updating
+from benchmarks.update_setup import matrix_rate, operations, rollouts, start, uniform_rollouts, updating
 
 COMMAND = "python -m benchmarks.updates"
 CACHE = Path("runs") / "cache"
@@ -91,9 +91,9 @@ def _compared(
     seconds = interleaved(ways, bench.rounds, bench.note, title=name)
     tokens = sum(len(r.prompt_ids) + len(r.response_ids) for r in examples)
     rate = matrix_rate(bench.policy, UNIFORM[0] * UNIFORM[1])
-    limit, ours = 6 * parameters(bench.policy) * tokens / rate, statistics.median(seconds["ours"])
+    limit, ours = operations(bench.policy, examples) / rate, statistics.median(seconds["ours"])
     told = (
-        f"{tokens} tokens: {ours:.1f} s, {tokens / ours:.0f} tokens/s; 6 operations per parameter and token at "
+        f"{tokens} tokens: {ours:.1f} s, {tokens / ours:.0f} tokens/s; their matrix products at "
         f"{rate / 1e9:.0f} GFLOP/s take {limit:.1f} s, {limit / ours:.0%} of that"
     )
     bench.note(f"{name}: {told}")

@@ -73,6 +73,9 @@ class _ChunkedLoss(torch.autograd.Function):
             if base is not None:
                 own = (weight, bias) if base.head is None else (base.head.weight, base.head.bias)
                 base_logits = F.linear(base.hidden[tokens], *own)
+            if not with_gradient:
+                sums += loss_sums(logits, targets[tokens], base_logits, kl_penalty)
+                continue
             parts, slope = _loss_and_slope(logits, targets[tokens], base_logits, kl_penalty)
             sums += parts
             if slope_hidden is not None:
@@ -122,7 +125,10 @@ def loss_sums(logits: Tensor, targets: Tensor, base_logits: Tensor | None, kl_pe
 
 @torch.no_grad()
 def has_plain_head(model: Any) -> bool:
-    """Whether a causal LM's logits are its output head's product with the last hidden state, and nothing more."""
+    """Whether a causal LM's logits are its output head's product with the last hidden state, and nothing more.
+
+    The model must be in evaluation mode, and whole.
+    """
     head = model.get_output_embeddings()
     if head is None or model.base_model is model:
         return False

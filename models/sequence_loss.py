@@ -43,7 +43,7 @@ class SequenceLoss(nn.Module):
 
     @torch.no_grad()
     def _of_base(self, look: Any, batch: SequenceBatch) -> Any:
-        """What `look` finds in the base, which drops nothing; None without a penalty."""
+        """What `look` finds in the base, in evaluation mode; None without a penalty."""
         if not self.kl_penalty:
             return None
         lm, base = self._others

@@ -93,7 +93,7 @@ def test_the_best_is_selected_whoever_said_it_and_the_means_are_the_policys(poli
     decisions = select(scored, strategy="top_per_prompt", top_n=1)
     assert [d.selected for d in decisions] == [False, False, True]
     assert [d.reason for d in decisions[1:]] == ["reward 2.0 ranks 2 of 3", "reference answer: reward 9.0 ranks 1 of 3"]
-    update = StepUpdate(optimizer_steps=1, response_tokens=4, loss=1.0, grad_norm=1.0, lr=1.0)
+    update = StepUpdate(optimizer_steps=1, response_tokens=4, loss=1.0, kl=None, grad_norm=1.0, lr=1.0)
     record = step_record(1, scored, decisions, update, {"rollouts": 1.0}, judge=Lengths(), scoring_server={})  # type: ignore[arg-type]
     assert (record["reward_mean"], record["selected_reward_mean"], record["judge_mean"]) == (1.5, 9.0, 0.5)
     assert (record["num_rollouts"], record["num_selected"], record["num_selected_references"]) == (2, 1, 1)

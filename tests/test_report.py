@@ -18,7 +18,7 @@ from alignment.types import Checkpoint, JudgeRef, RewardModelRef
 KEYS = {
     "": "run_id steps alarms validation evaluation reward_model judge seconds base checkpoint",
     "steps": "step reward_mean selected_reward_mean response_length_mean truncated_fraction loss grad_norm lr seconds",
-    "steps.shadow": "judge_mean selected_judge_mean scoring_server",
+    "steps.later": "judge_mean selected_judge_mean kl scoring_server",
     "steps.scoring_server": "mean_batch queue_ms compute_ms failures real_over_padded restarted",
     "steps.seconds": "rollouts scoring update validation",
     "validation": "step reward_mean judge_mean",
@@ -154,7 +154,7 @@ def test_the_keys_are_those_of_the_contract() -> None:
     for key in ("reward_model", "judge", "seconds", "checkpoint"):
         assert set(built[key]) == set(KEYS[key].split()), key
     for step in built["steps"]:
-        assert set(step) == {*KEYS["steps"].split(), *KEYS["steps.shadow"].split()}
+        assert set(step) == {*KEYS["steps"].split(), *KEYS["steps.later"].split()}
         assert set(step["scoring_server"]) == set(KEYS["steps.scoring_server"].split())
         assert set(step["seconds"]) == set(KEYS["steps.seconds"].split())
     assert all(set(v) == set(KEYS["validation"].split()) for v in built["validation"])
@@ -352,6 +352,19 @@ def test_the_judge_and_the_reward_server_stand_beside_the_rewards() -> None:
     assert len(lines) == 6 and len(lines[3].split()) == len(lines[4].split()) == 3  # judge: all and selected rollouts
     unknown = report(metrics=[step_record(1, scoring_server=dict.fromkeys(SERVER))])
     assert "1––––––" in page(unknown).text
+
+
+def test_the_kl_of_a_penalised_update_stands_beside_its_loss() -> None:
+    assert "KL" not in page_of_steps(report())
+    built = report(metrics=[step_record(1, kl=0.031), step_record(2, kl=None)])
+    assert [s["kl"] for s in built["steps"]] == [0.031, None]
+    assert re.search(r"Loss\s*KL\s*Gradient norm", page_of_steps(built))
+    assert re.search(r"3\.250\s*0\.031\s*1\.500", page_of_steps(built))
+
+
+def page_of_steps(built: dict[str, Any]) -> str:
+    """The text of the page from the table of steps on."""
+    return page(built).text.split("One row per RS step")[1]
 
 
 def test_steps_recorded_before_the_shadow_was_measured_still_have_a_report() -> None:

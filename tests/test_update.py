@@ -16,7 +16,7 @@ from alignment.engine import Ranks, _check_finite, gradient_accumulation_steps, 
 from alignment.errors import TrainingError
 from alignment.micro_batches import sequence_micro_batches
 from alignment.update import _sequence
-from models.adapters import copy_weights, merge_lora, trainable_tensors
+from models.adapters import copy_weights, load_trainable, merge_lora, trainable_tensors
 from models.sampling import Sampling, draw
 from reward_runs import in_this_process
 from tiny import tiny_llama
@@ -95,6 +95,7 @@ TWO_RANKS = [
     (2, 2, []),
     (2, 8, ["--tied"]),
     (3, 1, ["--padded"]),
+    (3, 2, ["--copy"]),
     (3, 4, ["--tied"]),
 ]
 PENALTY = {"kl_penalty": 0.3, "micro_batch_size": 2}
@@ -150,18 +151,30 @@ def test_on_two_ranks_the_gradient_is_the_same(tmp_path):
     more |= {"lora": LORA, "lora-2": LORA | {"zero_stage": 2}, "lora-3": LORA | {"zero_stage": 3}}
     for name in [*map(str, range(len(plain))), *more]:
         (tmp_path / name).mkdir()
-    launch(2, [*plain, *(case(tmp_path / name, **settings) for name, settings in more.items())])
+    (tmp_path / "copy").mkdir()
+    copied = case(tmp_path / "copy", options=["--copy"], **more["lora-3"])
+    launch(2, [*plain, *(case(tmp_path / name, **settings) for name, settings in more.items()), copied])
     for i, (_, _, options) in enumerate(TWO_RANKS):
         check_update(*results(tmp_path / str(i)), options)
     for name in more:
         check = check_adapters if name.startswith("lora") else check_penalty
         check(*results(tmp_path / name))
+    adapted = update_ranks.with_adapters(tiny_llama(), TrainingSection(**LORA))
+    load_trainable(adapted, results(tmp_path / "lora-3")[0])
+    merged, copy = merge_lora(adapted).state_dict(), results(tmp_path / "copy")[0]
+    assert all(torch.equal(copy[name], tensor) for name, tensor in merged.items())
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])
 def test_gradient_checkpointing_changes_no_gradient(tmp_path, zero_stage):
     settings = {"gradient_checkpointing": True, "zero_stage": zero_stage, "micro_batch_size": 4}
     check_update(*run_update(tmp_path, **settings), [])
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_an_optimizer_on_the_host_changes_no_gradient(tmp_path, zero_stage):
+    # Here the host is all there is: DeepSpeed's way of doing it is seen, and that nothing is compiled.
+    check_update(*run_update(tmp_path, offload_optimizer=True, zero_stage=zero_stage, micro_batch_size=2), [])
 
 
 def test_a_plain_copy_follows_the_adapters_as_peft_merges_them():

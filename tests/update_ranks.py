@@ -2,8 +2,9 @@
 
 One update after the other, their words parted by `--next`. With `--plain-gradient`, SGD with rate 1 stands in for
 AdamW, so that the change of the weights is the gradient. With a `kl_penalty` the base is another model, or under LoRA
-the one without its adapters. With `--tied` the output head is the embedding; with `--padded` no sequences are packed.
-With `--dropout N` the attention drops, after N numbers were drawn from torch's generator.
+the one without its adapters. With `--tied` the output head is the embedding; with `--padded` no sequences are packed;
+with `--copy` the weights are those of a plain copy that follows. With `--dropout N` the attention drops, after N
+numbers were drawn from torch's generator.
 """
 
 import atexit
@@ -20,7 +21,7 @@ from alignment import engine as engines
 from alignment.config_training import TrainingSection
 from alignment.types import Rollout
 from alignment.update import update
-from models.adapters import add_lora, trainable_tensors
+from models.adapters import add_lora, copy_weights, trainable_tensors
 from models.sequence_loss import SequenceLoss
 from tiny import random_rows, tiny_llama
 
@@ -71,6 +72,10 @@ def run(words: list[str]) -> None:
     for _ in range(steps):
         result = update(engine, rollouts(), training, ranks, lr=1.0 if plain else training.lr, stream="test")
     weights = trainable_tensors(model)
+    if "--copy" in words:
+        copy = tiny_llama(BASE_SEED)
+        copy_weights(model, copy)
+        weights = copy.state_dict()
     if ranks.rank == 0:
         save_file(weights, f"{out}.safetensors")
         with open(f"{out}.json", "w") as file:
