@@ -128,12 +128,37 @@ class Config(Section):
         for name, section in (("training", train), ("reward_training", self.reward_training), ("sft", self.sft)):
             if section.min_lr > section.lr:
                 raise ValueError(f"{name}.min_lr ({section.min_lr}) must be <= {name}.lr ({section.lr})")
+        self._check_engine()
         self._check_reward_training()
         self._check_reward_ensemble()
         self._check_sft()
         if self.reward.url is not None and not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^/:\s]+):\d+", self.reward.url):
             raise ValueError(f"reward.url ({self.reward.url}) must be host:port of Triton's gRPC endpoint")
         return self
+
+    def _check_engine(self) -> None:
+        own = self.rollouts
+        if own.engine == "in_process" and own.vllm_tensor_parallel > 1:
+            raise ValueError(
+                f"rollouts.vllm_tensor_parallel ({own.vllm_tensor_parallel}) is read by rollouts.engine=vllm only: "
+                "set that, or leave it 1"
+            )
+        if self.num_workers % own.vllm_tensor_parallel:
+            raise ValueError(
+                f"rollouts.vllm_tensor_parallel ({own.vllm_tensor_parallel}) must divide the number of workers "
+                f"({self.num_workers}): change it, resources.gpu or resources.cpu_workers"
+            )
+        if own.engine == "vllm" and own.temperature and not 0.01 <= own.temperature <= 2:
+            raise ValueError(
+                f"rollouts.temperature ({own.temperature}) must be 0 or from 0.01 to 2 for rollouts.engine=vllm, which "
+                "knows no others: change it, or set rollouts.engine=in_process"
+            )
+        if own.engine == "vllm" and own.stop and own.min_new_tokens:
+            raise ValueError(
+                f"rollouts.stop and rollouts.min_new_tokens ({own.min_new_tokens}) do not go together with "
+                "rollouts.engine=vllm, which looks for no stop string before the least length: unset one of them, or "
+                "set rollouts.engine=in_process"
+            )
 
     def _check_reward_ensemble(self) -> None:
         own, name = self.reward_ensemble, self.reward.name
