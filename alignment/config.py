@@ -143,10 +143,10 @@ class Config(Section):
                 f"rollouts.vllm_tensor_parallel ({own.vllm_tensor_parallel}) is read by rollouts.engine=vllm only: "
                 "set that, or leave it 1"
             )
-        if self.num_workers % own.vllm_tensor_parallel:
+        if own.vllm_tensor_parallel > 1 and (not self.resources.gpu or self.resources.gpu % own.vllm_tensor_parallel):
             raise ValueError(
-                f"rollouts.vllm_tensor_parallel ({own.vllm_tensor_parallel}) must divide the number of workers "
-                f"({self.num_workers}): change it, resources.gpu or resources.cpu_workers"
+                f"rollouts.vllm_tensor_parallel ({own.vllm_tensor_parallel}) must divide resources.gpu "
+                f"({self.resources.gpu}), a worker each: change one of them, or leave the first 1"
             )
         if own.engine == "vllm" and own.temperature and not 0.01 <= own.temperature <= 2:
             raise ValueError(

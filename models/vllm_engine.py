@@ -1,6 +1,6 @@
 """vLLM as the engine of rollouts, in the worker's own process.
 
-The engine keeps no weights from one use to the next: `samples` wakes it, hands it the trainer's tensors in memory,
+The engine keeps no weights from one use to the next: `responses` wakes it, hands it the trainer's tensors in memory,
 drops the prefix cache that older weights filled, generates, and puts it to sleep again. So it cannot sample from
 weights that training has left behind, and training has the memory. On a CPU vLLM cannot sleep: its copy of the weights
 and its cache stay.

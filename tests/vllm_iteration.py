@@ -21,7 +21,8 @@ def main(root: str, out: str, *overrides: str) -> None:
     prepare_judge(config, Path(root) / "judge", lambda _: None)
     done = see.run_iteration(config)
     steps = [[row["response"] for row in done.trainer.run.read_rollouts(step)] for step in (1, 2)]
-    Path(out).write_text(json.dumps({"steps": steps, "metrics": done.metrics, "weights": done.weights}))
+    validation = [record["reward_mean"] for record in done.metrics if record["kind"] == "validation"]
+    Path(out).write_text(json.dumps({"steps": steps, "validation": validation}))
 
 
 if __name__ == "__main__":

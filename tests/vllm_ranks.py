@@ -4,7 +4,6 @@ python -m alignment.one_node --nproc-per-node=2 tests/vllm_ranks.py POLICY OUT T
 """
 
 import json
-import os
 import sys
 
 from alignment.engine import start_ranks
@@ -16,9 +15,7 @@ from vllm_samples import TEXTS, told
 def main(folder: str, out: str, tensor_parallel: int) -> None:
     ranks = start_ranks(threads=1, gpu=False)
     policy = load_policy(folder, prompt_format="text")
-    engine = load_vllm(
-        folder, gpu=False, max_tokens=64, batch_tokens=2048, tensor_parallel=tensor_parallel
-    )
+    engine = load_vllm(folder, gpu=False, max_tokens=64, batch_tokens=2048, tensor_parallel=tensor_parallel)
     texts = TEXTS[2:] if ranks.rank else TEXTS  # uneven shares
     with open(f"{out}.{ranks.rank}", "w") as file:
         json.dump(told(policy, engine, texts), file)
@@ -26,5 +23,3 @@ def main(folder: str, out: str, tensor_parallel: int) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
-    sys.stdout.flush()
-    os._exit(0)

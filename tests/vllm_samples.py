@@ -24,8 +24,8 @@ TEXTS = ["Movie review: this", "a", "The sky above the port was", "a"]
 PLAIN = Sampling(max_new_tokens=12)
 GREEDY = {
     "plain": replace(PLAIN, temperature=0),
-    "long": replace(PLAIN, temperature=0, min_new_tokens=12),
-    "penalised": replace(PLAIN, temperature=0, repetition_penalty=1.5, min_new_tokens=4),
+    "long": replace(PLAIN, temperature=0, min_new_tokens=8),
+    "penalised": replace(PLAIN, temperature=0, min_new_tokens=8, repetition_penalty=1.5),
 }
 FIRST_TOKENS, RESTRICTED = 2000, Sampling(max_new_tokens=1, temperature=1.5, top_k=20, top_p=0.9)
 
@@ -41,11 +41,12 @@ def main(folder: str, out: str) -> None:
     found["after"] = told(policy, engine, TEXTS)
     found["alone"] = told(policy, engine, TEXTS[2:])
     found["closed"] = first_alone(policy, engine)
+    third = responses(policy, None, GREEDY["plain"])[0][2][2]
+    curt = replace(policy, eos_ids=(*policy.eos_ids, third))  # so that greedy responses end, too
     found["greedy"] = {
-        name: [responses(policy, None, sampling), responses(policy, engine, sampling)]
-        for name, sampling in GREEDY.items()
+        name: [responses(curt, None, sampling), responses(curt, engine, sampling)] for name, sampling in GREEDY.items()
     }
-    text = found["greedy"]["plain"][0][0][0]
+    text = responses(policy, None, GREEDY["plain"])[0][0]
     stop = replace(GREEDY["plain"], stop=(next(c for c in text[2:] if c.isascii() and c.isprintable()),))
     found["stopped"] = [stop.stop[0], responses(policy, None, stop), responses(policy, engine, stop)]
     found["first_tokens"] = first_tokens(policy, engine)
