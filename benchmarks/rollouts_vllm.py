@@ -2,32 +2,34 @@
 
     python -m benchmarks.rollouts_vllm --vllm-python PATH [--rounds N] [--threads N]
 
-PATH is the python of an environment that has vLLM (requirements-vllm.txt); without it nothing is compared. The same
-model, SmolLM2-135M in fp32, the same prompts and numbers of samples; both engines are warm, and take turns. Tokens a
-second are compared, since each draws its own samples. Ours returns log-probabilities, and vLLM is not asked for them.
-The result goes to benchmarks/results/latest.json.
+PATH is the python of an environment that has vLLM (requirements-vllm.txt); without it nothing is compared. The workload
+is that of benchmarks.rollouts, and every response has the full length. Both engines are warm and take turns. Ours
+returns log-probabilities as well, which vLLM is not asked for. The result goes to benchmarks/results/latest.json.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from alignment.config import Config
+import torch
+
 from alignment.config_sections import ResourcesSection
-from alignment.errors import AlignmentError, WorkerError
-from alignment.preparation import cache_folder
+from alignment.embedded import policy_folder
+from alignment.errors import AlignmentError, ConfigError, WorkerError
 from alignment.progress import ProgressLines
-from benchmarks.results import Result, record, result, table
-from benchmarks.rollout_prompts import LONGEST, MAX_NEW_TOKENS, SAMPLES_PER_PROMPT, review_prompts, smollm2
-from benchmarks.rounds import Note
+from benchmarks.results import Result, record, result, speedups, table
+from benchmarks.rollouts import LONGEST, NEW_TOKENS, SAMPLES, Bench, workload
+from benchmarks.rounds import Note, interleaved
+from models.memory import keep_freed_memory
+from models.policy import load_policy
 
 NAME = "rollouts_vs_vllm_cpu"
 PEER = Path(__file__).resolve().parent / "peers" / "vllm_generate.py"
@@ -39,13 +41,13 @@ class VllmPeer:
     def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
         self._process, self._log = process, log
 
-    def rate(self) -> float:
-        """Tokens a second of one round."""
+    def generate(self) -> list[float]:
+        """A round over the whole workload; returns the number of tokens drawn."""
         assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        done = self.answer()
-        return float(done["tokens"] / done["seconds"])
+        with suppress(BrokenPipeError):  # of one that has ended: its log says why
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+        return [float(self.answer()["tokens"])]
 
     def answer(self) -> dict[str, Any]:
         """Its next line of JSON. Raises WorkerError where it ends without one."""
@@ -58,7 +60,9 @@ class VllmPeer:
 
 @contextmanager
 def vllm_peer(python: str, workload: dict[str, Any], scratch: Path, threads: int) -> Iterator[VllmPeer]:
-    """The peer over a workload, by the python of its environment."""
+    """The peer over a workload, by the python of its environment. Raises ConfigError, WorkerError."""
+    if shutil.which(python) is None:
+        raise ConfigError(f"--vllm-python ({python}): no such program; name the python of an environment with vLLM")
     (scratch / "workload.json").write_text(json.dumps(workload))
     log = scratch / "vllm.log"
     with (
@@ -77,55 +81,29 @@ def vllm_peer(python: str, workload: dict[str, Any], scratch: Path, threads: int
             process.kill()
 
 
-def compare(python: str, *, rounds: int, threads: int, eager: bool, scratch: Path, note: Note) -> Result:
-    """Our tokens a second over vLLM's, round by round. Raises AlignmentError."""
-    import torch
-
-    from alignment.rollouts import generate
-    from models.sampling import Sampling
-
-    torch.set_num_threads(threads)
-    config = Config()
-    policy = smollm2(cache_folder(config))
-    prompts = review_prompts(policy)
-
-    def our_rate(stream: str) -> float:
-        begun = time.perf_counter()
-        batches = generate(
-            policy,
-            prompts,
-            samples_per_prompt=SAMPLES_PER_PROMPT,
-            sampling=Sampling(MAX_NEW_TOKENS),
-            batch_tokens=config.rollouts.batch_tokens,
-            stream=stream,
-        )
-        tokens = sum(rollout.num_tokens for batch in batches for rollout in batch)
-        return tokens / (time.perf_counter() - begun)
-
-    workload = {
-        "model": policy.model.config.name_or_path,
-        "prompts": [policy.reader.encode(policy.reader.text(prompt)) for prompt in prompts],
-        "samples_per_prompt": SAMPLES_PER_PROMPT,
-        "max_new_tokens": MAX_NEW_TOKENS,
-        "max_tokens": LONGEST + MAX_NEW_TOKENS + 8,
-        "eager": eager,
+def compare(options: argparse.Namespace, scratch: Path, note: Note) -> Result:
+    """vLLM's seconds over ours, round by round, for as many tokens. Raises AlignmentError."""
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as a worker does
+    folder = policy_folder("smollm2-135m", scratch, note)
+    bench = Bench(load_policy(folder, prompt_format="text").model, *workload(), options.rounds, note)
+    work = {
+        "model": str(folder),
+        "prompts": bench.prompts,
+        "samples_per_prompt": SAMPLES,
+        "max_new_tokens": NEW_TOKENS,
+        "max_tokens": LONGEST + NEW_TOKENS,
     }
-    lengths = sorted(map(len, workload["prompts"]))
-    note(f"{len(lengths)} prompts of {lengths[0]} to {lengths[-1]} tokens; vLLM starts and compiles, a few minutes")
-    ours, theirs = [], []
-    with vllm_peer(python, workload, scratch, threads) as peer:
-        our_rate("warm")
-        for n in range(rounds):
-            theirs.append(peer.rate())
-            ours.append(our_rate(f"round-{n}"))
-            note(f"{NAME}: round {n + 1}/{rounds} | ours {ours[-1]:.1f} tokens/s, vLLM {theirs[-1]:.1f}")
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    note(f"{NAME}: vLLM starts and compiles, which takes minutes")
+    with vllm_peer(options.vllm_python, work, scratch, options.threads) as peer:
+        seconds = interleaved({"ours": bench.ours, "vllm": peer.generate}, options.rounds, note, title=NAME)
+    tokens = len(bench.prompts) * SAMPLES * NEW_TOKENS
     against = (
-        f"vLLM 0.32 on the same CPU, float32, {'eager' if eager else 'compiled'}, {threads} threads, n samples a prompt"
+        f"vLLM 0.32 on the CPU, compiled, float32, n={SAMPLES}, {options.threads} threads: "
+        f"{tokens / min(seconds['vllm']):.0f} tokens/s, ours {tokens / min(seconds['ours']):.0f}"
     )
-    return result(
-        NAME, ratios, target=1.7, against=against, command="python -m benchmarks.rollouts_vllm --vllm-python PYTHON"
-    )
+    command = "python -m benchmarks.rollouts_vllm --vllm-python PATH"
+    return result(NAME, speedups(seconds["vllm"], seconds["ours"]), target=1.7, against=against, command=command)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -137,10 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     note = _progress()
     try:
         with tempfile.TemporaryDirectory(prefix="rollouts-bench-") as scratch:
-            found = compare(
-                options.vllm_python, rounds=options.rounds, threads=options.threads, eager=options.eager,
-                scratch=Path(scratch), note=note,
-            )  # fmt: skip
+            found = compare(options, Path(scratch), note)
     except AlignmentError as error:
         print(error, file=sys.stderr)
         return 1
@@ -159,7 +134,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--vllm-python", help="python of an environment that has vLLM")
     parser.add_argument("--rounds", type=int, default=3, help="ratios")
     parser.add_argument("--threads", type=int, default=ResourcesSection().threads, help="torch threads of each engine")
-    parser.add_argument("--eager", action="store_true", help="vLLM without its compiler: starts in seconds")
     return parser
 
 

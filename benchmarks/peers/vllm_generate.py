@@ -31,9 +31,9 @@ def main() -> None:
         max_num_seqs=len(work["prompts"]) * work["samples_per_prompt"],
         kv_cache_memory_bytes=2 << 30,
         block_size=32,  # of the default, 128 tokens, the samples would share next to nothing
-        enforce_eager=work["eager"],
     )
-    params = SamplingParams(n=work["samples_per_prompt"], temperature=1.0, max_tokens=work["max_new_tokens"])
+    length = work["max_new_tokens"]
+    params = SamplingParams(n=work["samples_per_prompt"], temperature=1.0, max_tokens=length, ignore_eos=True)
     prompts = [{"prompt_token_ids": ids} for ids in work["prompts"]]
 
     def one_round() -> dict[str, float]:
