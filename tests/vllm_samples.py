@@ -17,10 +17,15 @@ from alignment.rollouts import generate
 from alignment.types import Prompt, Rollout
 from models.batching import response_batch, response_logits
 from models.policy import Policy, load_policy
-from models.sampling import Sampling, log_probs
+from models.sampling import Sampling
 from models.vllm_engine import VllmEngine, load_vllm
 
-TEXTS = ["Movie review: this", "a", "The sky above the port was", "a"]
+TEXTS = [
+    "Movie review: this",
+    "a",
+    "The sky above the port was the colour of television, tuned to a dead channel.",  # fills blocks of the prefix cache
+    "a",
+]
 PLAIN = Sampling(max_new_tokens=12)
 GREEDY = {
     "plain": replace(PLAIN, temperature=0),
@@ -32,7 +37,7 @@ FIRST_TOKENS, RESTRICTED = 2000, Sampling(max_new_tokens=1, temperature=1.5, top
 
 def main(folder: str, out: str) -> None:
     policy = load_policy(folder, prompt_format="text")
-    engine = load_vllm(folder, gpu=False, max_tokens=64, batch_tokens=2048, tensor_parallel=1)
+    engine = load_vllm(folder, gpu=False, max_tokens=128, batch_tokens=2048, tensor_parallel=1)
     found: dict[str, Any] = {"before": told(policy, engine, TEXTS)}
     torch.manual_seed(3)
     with torch.no_grad():
@@ -65,9 +70,9 @@ def told(policy: Policy, engine: VllmEngine, texts: Sequence[str]) -> list[dict[
         for sample in samples:
             batch = response_batch([prompts[i]], [sample.token_ids], pad_id=0)
             with torch.no_grad():
-                expected = log_probs(response_logits(policy.model, batch)[0], batch.targets[0])
+                logs = response_logits(policy.model, batch)[0].log_softmax(-1)
             row = {"ids": sample.token_ids, "reason": sample.finish_reason, "log_probs": sample.log_probs}
-            rows.append({**row, "expected": expected.tolist()})
+            rows.append({**row, "expected": logs.gather(-1, batch.targets[0][:, None])[:, 0].tolist()})
     return rows
 
 
