@@ -1,6 +1,6 @@
 # make run      the main job: align SmolLM2-135M on IMDB sentiment, no GPU, no hub
 # make control  the main job beside its random control, and the paired difference
-# make bench    ratios against in-process scoring and the peers' ways, with their targets
+# make bench    ratios against in-process scoring and the peers' ways, with their targets; VLLM_PYTHON=PATH adds vLLM
 # make test     lint, types and tests
 # make test-all the same, and those that kill and resume runs at every moment
 # All make the virtual environment first; a stamp keeps that instant when nothing changed.
@@ -40,6 +40,7 @@ control: $(STAMP)
 bench: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks.scoring
 	$(BIN)/python -m benchmarks.rollouts
+	$(BIN)/python -m benchmarks.rollouts_vllm $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 	$(BIN)/python -m benchmarks.results
 
 $(VENV)/bin/python:
