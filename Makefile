@@ -1,6 +1,7 @@
 # make run      the main job: align SmolLM2-135M on IMDB sentiment, no GPU, no hub
 # make control  the main job beside its random control, and the paired difference
-# make bench    ratios against the peers' ways of scoring and training, with their targets
+# make bench    ratios against the peers' ways of scoring, sampling and training, with their targets; VLLM_PYTHON=PATH
+#               adds vLLM
 # make test     lint, types and tests
 # make test-all the same, and those that kill and resume runs at every moment
 # All make the virtual environment first; a stamp keeps that instant when nothing changed.
@@ -40,6 +41,7 @@ control: $(STAMP)
 bench: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks.scoring
 	$(BIN)/python -m benchmarks.rollouts
+	$(BIN)/python -m benchmarks.rollouts_vllm $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON))
 	$(BIN)/python -m benchmarks.updates
 	$(BIN)/python -m benchmarks.rs_step
 	$(BIN)/python -m benchmarks.flow_overhead

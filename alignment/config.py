@@ -139,12 +139,37 @@ class Config(Section):
                     f"resources.gpu >= 1 (now {self.resources.gpu}) and {name}.zero_stage >= 1 "
                     f"(now {section.zero_stage})"
                 )
+        self._check_engine()
         self._check_reward_training()
         self._check_reward_ensemble()
         self._check_sft()
         if self.reward.url is not None and not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^/:\s]+):\d+", self.reward.url):
             raise ValueError(f"reward.url ({self.reward.url}) must be host:port of Triton's gRPC endpoint")
         return self
+
+    def _check_engine(self) -> None:
+        own = self.rollouts
+        if own.engine == "in_process" and own.vllm_tensor_parallel > 1:
+            raise ValueError(
+                f"rollouts.vllm_tensor_parallel ({own.vllm_tensor_parallel}) is read by rollouts.engine=vllm only: "
+                "set that, or leave it 1"
+            )
+        if own.vllm_tensor_parallel > 1 and (not self.resources.gpu or self.resources.gpu % own.vllm_tensor_parallel):
+            raise ValueError(
+                f"rollouts.vllm_tensor_parallel ({own.vllm_tensor_parallel}) must divide resources.gpu "
+                f"({self.resources.gpu}), a worker each: change one of them, or leave the first 1"
+            )
+        if own.engine == "vllm" and own.temperature and not 0.01 <= own.temperature <= 2:
+            raise ValueError(
+                f"rollouts.temperature ({own.temperature}) must be 0 or from 0.01 to 2 for rollouts.engine=vllm, which "
+                "knows no others: change it, or set rollouts.engine=in_process"
+            )
+        if own.engine == "vllm" and own.stop and own.min_new_tokens:
+            raise ValueError(
+                f"rollouts.stop and rollouts.min_new_tokens ({own.min_new_tokens}) do not go together with "
+                "rollouts.engine=vllm, which looks for no stop string before the least length: unset one of them, or "
+                "set rollouts.engine=in_process"
+            )
 
     def _check_reward_ensemble(self) -> None:
         own, name = self.reward_ensemble, self.reward.name

@@ -107,6 +107,10 @@ class RolloutsSection(Section):
     batch_tokens: int = Field(16384, ge=1)
     """Tokens whose keys and values one worker keeps while it generates, a prompt's once and max_new_tokens for each of
     its responses: bounds memory, and how many are decoded side by side. docs/performance.md says what a token takes."""
+    engine: Literal["in_process", "vllm"] = "in_process"
+    """What samples training and validation rollouts: transformers, or vLLM, which has an install step of its own."""
+    vllm_tensor_parallel: int = Field(1, ge=1)
+    """Workers that hold one copy of vLLM's weights together, and sample together; with 1 each has its own."""
 
 
 class SelectionSection(Section):

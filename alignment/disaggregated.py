@@ -167,6 +167,7 @@ def _generate(
     import torch
 
     from alignment.embedded import policy_folder
+    from alignment.rollout_engine import load_engine
     from alignment.rollouts import generate, in_prompt_order
     from alignment.rs_step import training_sampling
     from models.checkpoints import last_checkpoint
@@ -174,8 +175,9 @@ def _generate(
 
     torch.set_num_threads(config.resources.threads)
     checkpoint = last_checkpoint(_run(place).checkpoints)
+    source = checkpoint.uri if checkpoint else policy_folder(config.policy.model, cache_folder(config))
     policy = load_policy(
-        checkpoint.uri if checkpoint else policy_folder(config.policy.model, cache_folder(config)),
+        source,
         prompt_format=config.policy.prompt_format,
         device="cuda" if config.resources.gpu else "cpu",
         dtype=config.policy.dtype,
@@ -188,6 +190,7 @@ def _generate(
         batch_tokens=config.rollouts.batch_tokens,
         stream=stream,
         with_references=with_references,
+        engine=load_engine(config, source),
     )
     return in_prompt_order([r for batch in batches for r in batch], prompts)
 

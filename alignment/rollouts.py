@@ -19,6 +19,7 @@ AnyRollout = TypeVar("AnyRollout", bound=Rollout)
 if TYPE_CHECKING:
     from models.policy import Policy
     from models.sampling import Sample, Sampling
+    from models.vllm_engine import VllmEngine
 
 
 def uniforms(stream: str, count: int) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
@@ -41,8 +42,11 @@ def generate(
     stream: str,
     with_references: bool = False,
     on_note: Callable[[str], None] = _to_stderr,
+    engine: "VllmEngine | None" = None,
 ) -> Iterator[list[Rollout]]:
     """Rollouts of some prompts at a time, as they are done: all of a prompt's in one list, with indices from 0.
+
+    By the policy's own model, or by `engine` with the model's weights, which has its own bound of tokens.
 
     `stream` names the randomness, e.g. "<seed>/step-7". `batch_tokens` bounds the tokens that are kept at once, of
     prompts and of the longest responses that may come; memory that does not hold them is told to `on_note`, and what
@@ -54,7 +58,11 @@ def generate(
     texts = [policy.reader.text(prompt) for prompt in prompts]
     encoded = [policy.reader.encode(text) for text in texts]
     streams = [[f"{stream}/{prompt.prompt_id}/{k}" for k in range(samples_per_prompt)] for prompt in prompts]
-    for found in _responses(policy, encoded, streams, sampling, batch_tokens, on_note):
+    if engine is None:
+        responses = _responses(policy, encoded, streams, sampling, batch_tokens, on_note)
+    else:
+        responses = engine.responses(policy.model.named_parameters(), encoded, streams, sampling, policy.eos_ids)
+    for found in responses:
         yield [
             Rollout(
                 prompt_id=prompts[i].prompt_id,

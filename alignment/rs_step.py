@@ -24,6 +24,8 @@ from models.sampling import Sampling
 
 Emit = Callable[[Mapping[str, Any]], None]
 
+ANOTHER = "another worker, or scoring, had to stop"
+
 StoredScores = dict[tuple[str, int, str], dict[str, Any]]
 
 T = TypeVar("T")
@@ -106,8 +108,10 @@ def training_sampling(config: Config) -> Sampling:
 def _agreed(session: Session, work: Callable[[], T]) -> T:
     """The result of `work` on this rank. Raises Interrupted on all ranks where one has to stop.
 
-    Ranks meet in collectives, so none may leave alone.
+    Ranks meet in collectives, so none may leave alone; nor begin alone, since the work may hold collectives too.
     """
+    if session.trainer.any(bool(session.stop.reason)):
+        raise Interrupted(session.stop.reason or ANOTHER)
     failure: Exception | None = None
     try:
         result = work()
@@ -115,7 +119,7 @@ def _agreed(session: Session, work: Callable[[], T]) -> T:
         failure = error
     reason = session.stop.reason
     if session.trainer.any(failure is not None or bool(reason)):
-        raise Interrupted(reason or "another worker, or scoring, had to stop") from failure
+        raise Interrupted(reason or ANOTHER) from failure
     return result
 
 
@@ -126,7 +130,6 @@ def _scored_share(
     spent waiting after the last batch."""
     trainer, stored = session.trainer, _stored_scores(session, step)
     config = trainer.config
-    session.stop.check()
     begun = time.monotonic()
     pending, done, tokens = [], 0, 0
     mine = trainer.share(prompts)
@@ -139,6 +142,7 @@ def _scored_share(
         stream=f"{config.seed}/step-{step}",
         with_references=config.rollouts.references == "join",
         on_note=lambda text: session.emit({"kind": "note", "text": text}),
+        engine=trainer.sampler,
     ):
         session.stop.check()
         pending.append(_score(session, batch, stored))
@@ -217,6 +221,7 @@ def _validation_share(session: Session) -> list[ScoredRollout]:
         sampling=training_sampling(config),
         batch_tokens=config.rollouts.batch_tokens,
         stream=f"{config.seed}/validation",
+        engine=session.trainer.sampler,
     ):
         session.stop.check()
         pending.append(session.ensemble.score_in_background(batch))

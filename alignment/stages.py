@@ -27,10 +27,12 @@ def begin(config: Config, run_id: str, resumed_id: str | None = None) -> tuple[s
     from alignment.inputs import check_inputs
     from alignment.mix_in import prepare_mix_in
     from alignment.preparation import NAMES, load_prompt_sets, prepare
+    from alignment.rollout_engine import check_engine
 
     source = find_source(config)  # before `latest`, which it may name, points to the new run
     run = create(config.run.root, first_id(config.run.root, run_id, resumed_id), config.model_dump_json(indent=2))
     with timed_task(run, "start"):
+        check_engine(config)
         check_inputs(config)
         if source is None:
             prepare(config, run.path, print)

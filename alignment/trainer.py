@@ -16,6 +16,7 @@ from alignment.engine import Ranks, any_rank, build_engine, learning_rate, optim
 from alignment.mix_in import load_mix_in, mixed
 from alignment.preparation import cache_folder, load_prompt_sets
 from alignment.provenance import describe_base, keep_manifests, provenance
+from alignment.rollout_engine import load_engine
 from alignment.run_folder import RunFolder
 from alignment.trained_policy import load, trained_model, write_adapters
 from alignment.types import Checkpoint, Rollout, StepUpdate
@@ -35,6 +36,7 @@ from models.packing import packing_leak
 from models.policy import Policy
 from models.quiet import quiet_transformers
 from models.sequence_loss import SequenceLoss
+from models.vllm_engine import VllmEngine
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,8 @@ class Trainer:
     `start` is the number of RS steps that the loaded checkpoint has behind it, `validated` whether it was
     validated after them, `total_steps` the RS steps of the whole run. `lost_moments` says why AdamW's moments
     start anew although the weights go on; "" where they go on too. `demonstrations` are those of the SFT mix-in.
-    `base` describes the policy before step 1, where the trainer starts there.
+    `base` describes the policy before step 1, where the trainer starts there. `sampler` is vLLM where it samples the
+    rollouts; without, the policy's own model does.
     """
 
     config: Config
@@ -61,6 +64,7 @@ class Trainer:
     lost_moments: str
     demonstrations: Sequence[Rollout]
     base: Mapping[str, Any]
+    sampler: VllmEngine | None
 
     @property
     def is_writer(self) -> bool:
@@ -127,6 +131,7 @@ def load_trainer(config: Config, run: RunFolder, ranks: Ranks) -> Trainer:
         lost_moments=lost_moments,
         demonstrations=load_mix_in(config, run.path),
         base={} if checkpoint else describe_base(config.policy.model, source, policy.model.config),
+        sampler=load_engine(config, source),
     )
 
 

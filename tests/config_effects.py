@@ -32,6 +32,7 @@ from alignment.preparation import load_prompt_sets
 from alignment.progress import PhaseLines
 from alignment.reward_stage import prepare_reward_model
 from alignment.reward_training import build_trainer
+from alignment.rollout_engine import load_engine
 from alignment.run_folder import RunFolder
 from alignment.stages import begin
 from alignment.task import COMMAND_STARTED, reward_client, served, tracker
@@ -201,6 +202,18 @@ def rows_per_batch(config: Config) -> int:
     """Responses that were decoded side by side."""
     done = [e["done"] for e in iteration(config).events if e.get("phase") == "rollouts" and e["step"] == 1]
     return max(after - before for before, after in itertools.pairwise([0, *done]))
+
+
+def vllm_asked(name: str) -> Any:
+    """What vLLM is to be loaded with, of one name; None where it is not."""
+
+    def look(config: Config) -> Any:
+        asked: dict[str, Any] = {}
+        with patch("models.vllm_engine.load_vllm", lambda source, **options: asked.update(options)):
+            load_engine(config, "policy")
+        return asked.get(name)
+
+    return look
 
 
 def optimizer_group(config: Config) -> tuple[float, ...]:

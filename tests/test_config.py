@@ -102,6 +102,25 @@ def test_each_bad_value_is_one_line_with_key_value_and_remedy() -> None:
             ["rollouts.min_new_tokens=13"],
             "rollouts.min_new_tokens (13) must be <= rollouts.max_new_tokens (12): lower the first or raise the second",
         ),
+        (
+            ["rollouts.vllm_tensor_parallel=2", "resources.gpu=2"],
+            "rollouts.vllm_tensor_parallel (2) is read by rollouts.engine=vllm only: set that, or leave it 1",
+        ),
+        (
+            ["rollouts.vllm_tensor_parallel=2", "rollouts.engine=vllm", "resources.gpu=3"],
+            "rollouts.vllm_tensor_parallel (2) must divide resources.gpu (3), a worker each: change one of them, or "
+            "leave the first 1",
+        ),
+        (
+            ["rollouts.engine=vllm", "rollouts.temperature=2.5"],
+            "rollouts.temperature (2.5) must be 0 or from 0.01 to 2 for rollouts.engine=vllm, which knows no others: "
+            "change it, or set rollouts.engine=in_process",
+        ),
+        (
+            ["rollouts.engine=vllm", "rollouts.stop=[x]", "rollouts.min_new_tokens=3"],
+            "rollouts.stop and rollouts.min_new_tokens (3) do not go together with rollouts.engine=vllm, which looks "
+            "for no stop string before the least length: unset one of them, or set rollouts.engine=in_process",
+        ),
         (["training.min_lr=0.1"], "training.min_lr (0.1) must be <= training.lr (0.001)"),
         (
             ["training.constant_steps=1"],
@@ -235,6 +254,7 @@ class Effect(NamedTuple):
 
 
 THREE_STEPS = "loop.steps_per_iteration=3"
+VLLM = ("rollouts.engine=vllm", "resources.gpu=2")
 MEMORY = ("resources.memory=8000",)  # Metaflow raises what is below its own default for Kubernetes
 
 
@@ -280,6 +300,8 @@ EFFECTS = {
         "join", see.responses_at(4), {"a reference"}, ("prompts.train={root}/answered.jsonl",)
     ),
     "rollouts.batch_tokens": Effect(76, see.rows_per_batch, 4),
+    "rollouts.engine": Effect("vllm", see.vllm_asked("batch_tokens"), 16384),
+    "rollouts.vllm_tensor_parallel": Effect(2, see.vllm_asked("tensor_parallel"), 2, VLLM),
     "selection.strategy": Effect("random_per_prompt", see.column("reason")),
     "selection.top_n_rollouts": Effect(2, see.num_selected, 8),
     "selection.top_k": Effect(5, see.num_selected, 5, ("selection.strategy=top_k_overall", "selection.top_k=3")),

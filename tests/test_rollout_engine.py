@@ -1,0 +1,43 @@
+"""Choosing vLLM for the rollouts where it cannot sample: refused before anything is trained, with the remedy.
+
+What it samples where it can is seen in test_vllm.py.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from alignment.config import load_config
+from alignment.errors import ConfigError
+from alignment.stages import begin
+from flow_runs import SMOKE
+from models.vllm_engine import load_vllm, stream_seed
+
+
+def test_without_vllm_a_run_ends_as_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    config = load_config(SMOKE, [f"run.root={tmp_path}", "rollouts.engine=vllm"])
+    with pytest.raises(ConfigError, match=r"needs vLLM, which is not installed: pip install .*requirements-vllm\.txt"):
+        begin(config, "run")
+
+
+def test_a_vllm_that_lacks_a_package_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "vllm.py").write_text("import no_such_package")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    with pytest.raises(ConfigError, match=r"cannot be imported \(No module named 'no_such_package'\): pip install"):
+        load_vllm("policy", gpu=False, max_tokens=8, batch_tokens=8, tensor_parallel=1)
+
+
+def test_weights_are_shared_by_workers_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(ConfigError, match=r"vllm_tensor_parallel \(2\) needs as many workers .* set it to 1"):
+        load_vllm("policy", gpu=False, max_tokens=8, batch_tokens=8, tensor_parallel=2)
+
+
+def test_a_streams_seed_is_its_names_alone() -> None:
+    """The first 63 bits of `printf 0/step-1/a/0 | sha256sum`."""
+    assert stream_seed("0/step-1/a/0") == 0x6EAF8B6CF94E8D32 >> 1
+    assert len({stream_seed(f"0/step-1/a/{k}") for k in range(1000)}) == 1000
