@@ -47,7 +47,7 @@ def test_the_hh_preset_has_the_tutorials_numbers() -> None:
 
 def test_an_unknown_key_is_refused_and_the_known_ones_are_listed() -> None:
     assert message("training.learning_rate=1e-4").startswith(
-        "training.learning_rate ('1e-4'): unknown key; known here: lr, lr_schedule, warmup_steps, min_lr, weight_decay"
+        "training.learning_rate ('1e-4'): unknown key; known here: lr, lr_schedule, warmup_steps, min_lr, constant"
     )
     assert "known here: seed, run, resume, policy, prompts, rollouts, selection" in message("trainning.lr=1")
 
