@@ -28,7 +28,7 @@ class OptimizerSection(Section):
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear warm-up."""
     min_lr: Number = Field(0.0, ge=0)
-    """Learning rate at the end of a linear or cosine schedule."""
+    """Learning rate at the end of a linear or cosine schedule: one step beyond the last, or at `constant_steps`."""
     constant_steps: int = Field(0, ge=0)
     """Last steps at `min_lr`, to which a linear or cosine schedule has come down before them."""
     weight_decay: Number = Field(0.01, ge=0)
