@@ -1,10 +1,11 @@
 """The config's sections of the trainings: the policy's update, the reward model's training, supervised fine-tuning."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from alignment.config_sections import Number, Section
+from alignment.errors import ConfigError
 
 
 def _one_source(value: Any) -> Any:
@@ -18,6 +19,8 @@ Mixture = Annotated[dict[str, Annotated[Number, Field(gt=0)]], BeforeValidator(_
 class OptimizerSection(Section):
     """What every training has; a step is an RS step of the policy, an optimizer step elsewhere."""
 
+    key: ClassVar[str]
+    """The section's name in the config, for messages."""
     lr: Number = Field(2e-5, gt=0)
     """Peak learning rate."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -25,7 +28,7 @@ class OptimizerSection(Section):
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear warm-up."""
     min_lr: Number = Field(0.0, ge=0)
-    """Learning rate at the end of a linear or cosine schedule."""
+    """Learning rate at the end of a linear or cosine schedule: one step beyond the last, or at `constant_steps`."""
     constant_steps: int = Field(0, ge=0)
     """Last steps at `min_lr`, to which a linear or cosine schedule has come down before them."""
     weight_decay: Number = Field(0.01, ge=0)
@@ -45,8 +48,17 @@ class OptimizerSection(Section):
     offload_optimizer: bool = False
     """Keep AdamW's state in host memory and step there, on GPUs under ZeRO 1 to 3: slower, 12 bytes a weight less."""
 
+    def check_schedule(self, total_steps: int) -> None:
+        """Raise ConfigError where warm-up and constant steps leave no step of a training at its rate."""
+        if self.constant_steps and self.warmup_steps + self.constant_steps >= total_steps:
+            raise ConfigError(
+                f"{self.key}.warmup_steps ({self.warmup_steps}) + {self.key}.constant_steps ({self.constant_steps}) "
+                f"must be < the {total_steps} steps of the training: lower one of them, or train for longer"
+            )
+
 
 class TrainingSection(OptimizerSection):
+    key = "training"
     sft_mix: str | None = None
     """Demonstrations that RS steps train on too, in the formats of `sft.train`; null trains on selected responses."""
     num_sft_examples: int = Field(8, ge=1)
@@ -62,6 +74,7 @@ class TrainingSection(OptimizerSection):
 
 
 class RewardTrainingSection(OptimizerSection):
+    key = "reward_training"
     train: str | None = "imdb:pairs"
     """Preference pairs (rated answers for `regression`) to train on; null serves `reward.model` as it is."""
     num_train: int = Field(1024, ge=1)
@@ -109,6 +122,7 @@ class RewardTrainingSection(OptimizerSection):
 
 
 class SftSection(OptimizerSection):
+    key = "sft"
     train: Mixture = Field({"imdb:demonstrations": 1.0})
     """Demonstrations to learn from: one source, or several with weights, their shares of the examples read."""
     num_train: int | None = Field(None, ge=1)

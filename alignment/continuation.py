@@ -36,7 +36,7 @@ def task_of(config: Config) -> dict[str, Any]:
         **{f"reward.{key}": value for key, value in values["reward"].items() if key not in SERVING},
         # Adapters go on from the base that they were added to, in their own shape.
         "training.lora_rank": config.training.lora_rank,
-        "training.lora_alpha": config.training.lora_alpha,
+        **({"training.lora_alpha": config.training.lora_alpha} if config.training.lora_rank else {}),
         "rollouts.num_rollout_samples": config.rollouts.num_rollout_samples,
         "validation.num_prompts": config.validation.num_prompts,
         "evaluation.num_prompts": config.evaluation.num_prompts,

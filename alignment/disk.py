@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
@@ -10,9 +11,12 @@ from alignment.config import Config
 from alignment.embedded import policy_folder
 from alignment.preparation import cache_folder
 from alignment.run_folder import RunFolder
+from models.policy import resolved_dtype
 
-WEIGHTS, MOMENTS, MASTERS = 4, 8, 4
-"""Bytes a parameter in a checkpoint: fp32 weights (half of that in bf16, on GPUs), two moments, ZeRO's fp32 copy."""
+WEIGHT = {"float32": 4, "bfloat16": 2}
+"""Bytes of a parameter in a checkpoint."""
+MOMENTS, MASTER = 8, 4
+"""Bytes of AdamW's two moments of a trained parameter, and of the fp32 copy that it has under ZeRO and in bf16."""
 TEXT_BYTES_PER_TOKEN = 2
 """Of a rollout's prompt and response in Parquet, compressed: some 4 characters a token."""
 
@@ -22,9 +26,7 @@ def disk_needs(config: Config, run: RunFolder, total_steps: int) -> str:
     folder = Path(policy_folder(config.policy.model, cache_folder(config)))
     if not folder.is_dir():
         return f"disk: the size of {config.policy.model} is not known before it is downloaded; {_free(run)} is free"
-    on_gpu = config.resources.gpu > 0
-    each = WEIGHTS / 2 + MOMENTS + MASTERS if on_gpu else WEIGHTS + MOMENTS + MASTERS * (config.training.zero_stage > 0)
-    one = count_parameters(folder) * each
+    one = checkpoint_bytes(config, tensor_shapes(folder))
     count = min(total_steps, config.loop.keep_last + config.loop.keep_best) + 1  # one more while it is written
     rollouts, tokens = config.rollouts, config.prompts.max_prompt_tokens + config.rollouts.max_new_tokens
     rows = total_steps * rollouts.num_rollout_samples * rollouts.num_rollouts_per_prompt
@@ -38,17 +40,37 @@ def disk_needs(config: Config, run: RunFolder, total_steps: int) -> str:
     return said
 
 
+def checkpoint_bytes(config: Config, shapes: Sequence[Sequence[int]]) -> int:
+    """What a checkpoint of a model with tensors of these shapes takes, at most.
+
+    peft keeps adapters in fp32. Which matrices get none (embeddings, the head) is not looked up: all count.
+    """
+    dtype = resolved_dtype(config.policy.dtype, gpu=config.resources.gpu > 0)
+    total, training = sum(map(prod, shapes)), config.training
+    weights, trained = total * WEIGHT[dtype], total
+    if training.lora_rank:
+        dtype, trained = "float32", training.lora_rank * sum(sum(shape) for shape in shapes if len(shape) == 2)
+        weights += trained * WEIGHT[dtype]
+    has_master = training.zero_stage > 0 or dtype == "bfloat16"
+    return weights + trained * (MOMENTS + MASTER * has_master)
+
+
 def count_parameters(folder: Path) -> int:
-    """Parameters of a model folder, read from the headers of its safetensors files.
+    """Parameters of a model folder."""
+    return sum(map(prod, tensor_shapes(folder)))
+
+
+def tensor_shapes(folder: Path) -> list[list[int]]:
+    """Shapes of a model folder's tensors, read from the headers of its safetensors files.
 
     Source: the safetensors format, 8 bytes of header length (little endian) and a JSON header.
     """
-    total = 0
+    shapes = []
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        total += sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    return total
+        shapes += [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+    return shapes
 
 
 def shown(size: float) -> str:

@@ -85,13 +85,13 @@ def build_engine(module: nn.Module, section: OptimizerSection, *, zero_stage: in
     trainable = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trainable,
-        lr=section.lr,
+        lr=0.0,  # `begin_step` sets it; the step on zeros that is told of below must not decay the weights
         betas=(section.beta1, section.beta2),
         weight_decay=section.weight_decay,
         fused=True,  # one pass over memory; on a CPU the loop over tensors takes several times as long
     )
     if section.gradient_checkpointing:
-        _keep_layer_inputs_only(module)
+        keep_layer_inputs_only(module, section.key)
     settings = engine_settings(section, zero_stage=zero_stage, world_size=world_size, dtype=trainable[0].dtype)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
     if world_size == 1 and zero_stage == 0 and trainable[0].dtype == torch.float32:
@@ -122,7 +122,7 @@ def engine_settings(
     }
 
 
-def _keep_layer_inputs_only(module: nn.Module) -> None:
+def keep_layer_inputs_only(module: nn.Module, section: str) -> None:
     """Gradient checkpointing in the transformers models of a loss module. Raises ConfigError where one has none."""
     from transformers import PreTrainedModel
 
@@ -130,7 +130,8 @@ def _keep_layer_inputs_only(module: nn.Module) -> None:
         if isinstance(model, PreTrainedModel):
             if not model.supports_gradient_checkpointing:
                 raise ConfigError(
-                    f"gradient_checkpointing: {type(model).__name__} has none in transformers: set it to false"
+                    f"{section}.gradient_checkpointing (true): {type(model).__name__} has none in transformers: set "
+                    f"{section}.gradient_checkpointing=false"
                 )
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -154,24 +155,27 @@ def optimizer_step(
     memory have then changed.
     """
     scale = ranks.world_size * len(micro_batches) / count
-    total = torch.zeros((), device=engine.device)
+    total, norm = torch.zeros((), device=engine.device), None
     for batch, weight in micro_batches:
         sums = engine(batch) * weight
         total = total + sums.detach()
         engine.backward(sums.flatten()[0] * scale)
-        norm = _unclipped_norm(engine)
-        _check_finite(norm, "gradient norm", section)
+        del sums  # and with it the graph, before AdamW needs the memory
+        if engine.is_gradient_accumulation_boundary():
+            norm = _unclipped_norm(engine)
+            check_finite(norm, "gradient norm", section)
         engine.step()
     if ranks.world_size > 1:
         torch.distributed.all_reduce(total)
     norm = float(engine.get_global_grad_norm()) if norm is None else norm
-    _check_finite(norm, "gradient norm", section)
+    check_finite(norm, "gradient norm", section)
     parts: list[float] = total.flatten().tolist()
-    _check_finite(parts[0], "loss", section)
+    check_finite(parts[0], "loss", section)
     return parts, norm
 
 
-def _check_finite(value: float | None, what: str, section: str) -> None:
+def check_finite(value: float | None, what: str, section: str) -> None:
+    """Raise TrainingError for a number, if there is one, that is not finite."""
     if value is not None and not math.isfinite(value):
         raise TrainingError(
             f"the {what} is {value}: training diverged. Lower {section}.lr, then start a new run; "
@@ -190,19 +194,20 @@ def _unclipped_norm(engine: Any) -> float | None:
     return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
 
 
-def learning_rate(step: int, training: OptimizerSection, *, max_steps: int) -> float:
-    """The rate of step `step` (from 1) of `max_steps`: linear warm-up, the schedule, then `constant_steps` at `min_lr`.
+def learning_rate(step: int, training: OptimizerSection, *, total_steps: int) -> float:
+    """The rate of step `step` (from 1) of `total_steps`: linear warm-up, the schedule, `constant_steps` at `min_lr`.
 
-    A function of progress alone, so that a resume needs no scheduler state.
+    Without these the schedule's end lies one step beyond the last, which would otherwise learn nothing where `min_lr`
+    is 0. A function of progress alone, so that a resume needs no scheduler state.
     """
     if step <= training.warmup_steps:
         return training.lr * step / training.warmup_steps
     if training.lr_schedule == "constant":
         return training.lr
-    last = max_steps - training.constant_steps
-    if step > last:
+    last = total_steps + 1 - training.constant_steps  # the first at `min_lr`
+    if step >= last:
         return training.min_lr
-    progress = (step - training.warmup_steps - 1) / max(1, last - training.warmup_steps - 1)
+    progress = (step - training.warmup_steps - 1) / (last - training.warmup_steps - 1)
     factor = 1 - progress if training.lr_schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
     return training.min_lr + (training.lr - training.min_lr) * factor
 

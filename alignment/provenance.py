@@ -20,7 +20,7 @@ from alignment.run_folder import RunFolder
 from models.checkpoints import finished, newest_checkpoint, read_manifest, sha256_file
 
 PACKAGES = (
-    *("torch", "transformers", "deepspeed", "safetensors", "tokenizers", "numpy", "pyarrow"),
+    *("torch", "transformers", "deepspeed", "peft", "safetensors", "tokenizers", "numpy", "pyarrow"),
     *("metaflow", "tritonclient", "nvidia-pytriton"),
 )
 SOURCES = ("alignment", "models", "infra", "triton_repo", "flows")

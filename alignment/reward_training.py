@@ -123,10 +123,12 @@ def build_trainer(
     validation: Mapping[str, tuple[Encoded, ...]],
     seed: int,
 ) -> RewardTrainer:
-    """The engine around a model whose trainable weights are where they should start."""
+    """The engine around a model whose trainable weights are where they should start. Raises ConfigError."""
     module = RewardLoss(model, section.loss)
     engine = build_engine(module, section, zero_stage=section.zero_stage, world_size=ranks.world_size)
-    return RewardTrainer(engine, section, ranks, train, validation, seed)
+    trainer = RewardTrainer(engine, section, ranks, train, validation, seed)
+    section.check_schedule(trainer.total_steps)
+    return trainer
 
 
 def train_step(trainer: RewardTrainer, step: int) -> dict[str, Any]:
@@ -135,8 +137,7 @@ def train_step(trainer: RewardTrainer, step: int) -> dict[str, Any]:
     Raises TrainingError where the loss or the gradient is not finite.
     """
     section, ranks, engine = trainer.section, trainer.ranks, trainer.engine
-    # The schedule's end lies one step beyond the last, which would otherwise learn nothing.
-    lr = learning_rate(step, section, max_steps=trainer.total_steps + 1)
+    lr = learning_rate(step, section, total_steps=trainer.total_steps)
     begin_step(engine, lr=lr, stream=f"{trainer.seed}/reward-step-{step}/rank-{ranks.rank}")
     batch = _batch(trainer, step)
     accumulation = gradient_accumulation_steps(section, ranks.world_size)

@@ -25,11 +25,14 @@ def load_engine(config: Config, source: str | Path) -> "VllmEngine | None":
     own = config.rollouts
     if own.engine == "in_process":
         return None
+    from models.policy import resolved_dtype
     from models.vllm_engine import load_vllm
 
+    gpu = config.resources.gpu > 0
     return load_vllm(
         source,
-        gpu=config.resources.gpu > 0,
+        gpu=gpu,
+        dtype=resolved_dtype(config.policy.dtype, gpu=gpu),
         max_tokens=config.prompts.max_prompt_tokens + own.max_new_tokens,
         batch_tokens=own.batch_tokens,
         tensor_parallel=own.vllm_tensor_parallel,

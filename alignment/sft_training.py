@@ -52,11 +52,13 @@ class SftTrainer:
 
 
 def build_trainer(policy: nn.Module, section: SftSection, ranks: Ranks, data: SftData, *, seed: int) -> SftTrainer:
-    """The engine around a policy whose trainable weights are where they should start."""
+    """The engine around a policy whose trainable weights are where they should start. Raises ConfigError."""
     module = SequenceLoss(policy, packed=section.packing == "rows")
     engine = build_engine(module, section, zero_stage=section.zero_stage, world_size=ranks.world_size)
     engine.eval()
-    return SftTrainer(engine, section, ranks, data, seed)
+    trainer = SftTrainer(engine, section, ranks, data, seed)
+    section.check_schedule(trainer.total_steps)
+    return trainer
 
 
 def train_step(trainer: SftTrainer, step: int) -> dict[str, Any]:
@@ -66,8 +68,7 @@ def train_step(trainer: SftTrainer, step: int) -> dict[str, Any]:
     """
     section, ranks, engine = trainer.section, trainer.ranks, trainer.engine
     begun = time.monotonic()
-    # The schedule's end lies one step beyond the last, which would otherwise learn nothing.
-    lr = learning_rate(step, section, max_steps=trainer.total_steps + 1)
+    lr = learning_rate(step, section, total_steps=trainer.total_steps)
     begin_step(engine, lr=lr, stream=f"{trainer.seed}/sft-step-{step}/rank-{ranks.rank}")
     batch = step_examples(trainer, step)
     micro_batches = _micro_batches(trainer, batch, gradient_accumulation_steps(section, ranks.world_size))

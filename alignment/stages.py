@@ -28,6 +28,7 @@ def begin(config: Config, run_id: str, resumed_id: str | None = None) -> tuple[s
     from alignment.mix_in import prepare_mix_in
     from alignment.preparation import NAMES, load_prompt_sets, prepare
     from alignment.rollout_engine import check_engine
+    from alignment.trained_policy import check_recomputing
 
     source = find_source(config)  # before `latest`, which it may name, points to the new run
     run = create(config.run.root, first_id(config.run.root, run_id, resumed_id), config.model_dump_json(indent=2))
@@ -38,6 +39,7 @@ def begin(config: Config, run_id: str, resumed_id: str | None = None) -> tuple[s
             prepare(config, run.path, print)
         else:
             adopt(config, source, run)
+        check_recomputing(config)
         prepare_mix_in(config, run.path, print)
     sets = load_prompt_sets(run.path)
     if config.rollouts.references == "join" and all(prompt.reference is None for prompt in sets.train):
@@ -47,7 +49,9 @@ def begin(config: Config, run_id: str, resumed_id: str | None = None) -> tuple[s
             "rollouts.references=ignore"
         )
     counts = {name: len(getattr(sets, name)) for name in NAMES}
-    print(disk_needs(config, run, config.total_steps(counts["train"])))
+    total = config.total_steps(counts["train"])
+    config.training.check_schedule(total)
+    print(disk_needs(config, run, total))
     return str(run.path), counts
 
 

@@ -11,10 +11,15 @@ time.
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from alignment.atomic_files import disk_errors
 from alignment.config import Config
+from alignment.embedded import policy_folder
+from alignment.engine import keep_layer_inputs_only
+from alignment.preparation import cache_folder
 from alignment.types import Checkpoint
 from models.adapters import add_lora, load_trainable, trainable_tensors
 from models.policy import Policy, load_policy
@@ -26,6 +31,14 @@ def load(config: Config, source: Path | str) -> Policy:
     """A policy from a folder, on this worker's device."""
     device = "cuda" if config.resources.gpu else "cpu"
     return load_policy(source, prompt_format=config.policy.prompt_format, device=device, dtype=config.policy.dtype)
+
+
+def check_recomputing(config: Config) -> None:
+    """Raise ConfigError where training.gradient_checkpointing asks the policy's architecture for what it has not."""
+    if config.training.gradient_checkpointing:
+        architecture = AutoConfig.from_pretrained(policy_folder(config.policy.model, cache_folder(config)))
+        with torch.device("meta"):  # without weights
+            keep_layer_inputs_only(AutoModelForCausalLM.from_config(architecture), config.training.key)
 
 
 def trained_model(config: Config, policy: Policy, base_source: Path | str, checkpoint: Checkpoint | None) -> Any:

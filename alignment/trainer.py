@@ -110,10 +110,10 @@ def load_trainer(config: Config, run: RunFolder, ranks: Ranks) -> Trainer:
     policy = load(config, source)
     trained = trained_model(config, policy, base_source, checkpoint)
     # Adapters need no other base than the model that they were added to.
-    has_base = training.kl_penalty > 0 and not training.lora_rank
-    base = load(config, base_source).model if has_base else None
+    has_kl_base = training.kl_penalty > 0 and not training.lora_rank
+    kl_base = load(config, base_source).model if has_kl_base else None
     packed = packing_leak(policy.model) == 0
-    loss = SequenceLoss(trained, packed=packed, base=base, kl_penalty=training.kl_penalty)
+    loss = SequenceLoss(trained, packed=packed, base=kl_base, kl_penalty=training.kl_penalty)
     engine = build_engine(loss, training, zero_stage=training.zero_stage, world_size=ranks.world_size)
     lost_moments = _lost_moments(manifest, config, ranks)
     if checkpoint and not lost_moments:
@@ -156,7 +156,7 @@ def train_step(trainer: Trainer, selected: Sequence[Rollout], step: int) -> Step
         mixed(selected, trainer.demonstrations, trainer.config, step),
         training,
         trainer.ranks,
-        lr=learning_rate(step, training, max_steps=trainer.total_steps),
+        lr=learning_rate(step, training, total_steps=trainer.total_steps),
         stream=f"{trainer.config.seed}/step-{step}",
     )
     trained = trainer.engine.module.policy

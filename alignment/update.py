@@ -26,7 +26,7 @@ def update(
     begin_step(engine, lr=lr, stream=f"{stream}/rank-{ranks.rank}")
     steps = []
     for start in range(0, len(selected), training.global_batch_size):
-        batch = [_sequence(r) for r in selected[start : start + training.global_batch_size]]
+        batch = [token_sequence(r) for r in selected[start : start + training.global_batch_size]]
         steps.append(_optimizer_step(engine, batch, training, ranks))
     engine.eval()
     tokens = sum(r.num_tokens for r in selected)
@@ -51,6 +51,7 @@ def _optimizer_step(
     return optimizer_step(engine, dealt, count=count, ranks=ranks, section="training")
 
 
-def _sequence(rollout: Rollout) -> TokenSequence:
+def token_sequence(rollout: Rollout) -> TokenSequence:
+    """A rollout as the loss reads it: its response is learned."""
     prompt, response = rollout.prompt_ids, rollout.response_ids
     return TokenSequence((*prompt, *response), (False,) * len(prompt) + (True,) * len(response))

@@ -153,7 +153,7 @@ def rejection_sampling(world: World) -> Iterator[dict[str, Any]]:
             mixed(selected, world.demonstrations, config, step),
             training,
             ranks,
-            lr=learning_rate(step, training, max_steps=steps),
+            lr=learning_rate(step, training, total_steps=steps),
             pad_id=policy.eos_ids[0],
             stream=f"{config.seed}/step-{step}",
         )

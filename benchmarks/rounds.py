@@ -11,15 +11,15 @@ from alignment.errors import AlignmentError
 from alignment.progress import duration
 
 TOLERANCE = 1e-4
-"""Largest difference between two ways' rewards of one text."""
+"""Largest difference between two ways' numbers for the same work: rewards of a text, losses of a step."""
 
 Way = Callable[[], list[float]]
-"""Scores the whole workload and returns the rewards, in order."""
+"""Does the whole workload and returns the numbers that it comes to (rewards, losses), in order."""
 Note = Callable[[str], None]
 
 
 class DifferentWorkError(AlignmentError):
-    """Two ways of scoring gave a text different rewards."""
+    """Two ways came to different numbers."""
 
 
 def interleaved(
@@ -32,7 +32,7 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each way, one number per round; the ways take turns within a round.
 
-    Raises DifferentWorkError where a way's rewards differ from the first way's by more than `TOLERANCE`.
+    Raises DifferentWorkError where a way's numbers differ from the first way's by more than `TOLERANCE`.
     """
     on_note(f"{title}: warm-up of {len(ways)} ways, {rounds} rounds follow")
     check_same_work({name: way() for name, way in ways.items()})
@@ -48,13 +48,13 @@ def interleaved(
     return seconds
 
 
-def check_same_work(rewards: Mapping[str, Sequence[float]]) -> None:
-    """Raise DifferentWorkError unless all ways gave each text the same reward."""
-    (first, expected), *others = rewards.items()
+def check_same_work(numbers: Mapping[str, Sequence[float]]) -> None:
+    """Raise DifferentWorkError unless all ways came to the same numbers."""
+    (first, expected), *others = numbers.items()
     for name, got in others:
         if len(got) != len(expected):
-            raise DifferentWorkError(f"{name} gave {len(got)} rewards, {first} {len(expected)}")
+            raise DifferentWorkError(f"{name} came to {len(got)} numbers, {first} to {len(expected)}")
         for index, (a, b) in enumerate(zip(expected, got, strict=True)):
             # Not `abs(a - b) > TOLERANCE`, which a NaN would pass.
             if not abs(a - b) <= TOLERANCE:
-                raise DifferentWorkError(f"text {index}: {first} gave the reward {a}, {name} {b}")
+                raise DifferentWorkError(f"number {index}: {first} came to {a}, {name} to {b}")

@@ -27,13 +27,13 @@ def parts(policy: Path, rows: int, tokens: int) -> None:
     """Seconds of each part of one optimizer step."""
     import torch
 
-    from alignment.update import _sequence
+    from alignment.update import token_sequence
     from models.packing import sequence_batch
-    from models.sequence_loss import SequenceLoss, _hidden
+    from models.sequence_loss import SequenceLoss, hidden_states
 
     model = _model(policy).train()
     loss = SequenceLoss(model, packed=True)
-    sequences = [_sequence(r) for r in uniform_rollouts(rows, tokens)]
+    sequences = [token_sequence(r) for r in uniform_rollouts(rows, tokens)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=TRAINING["lr"], fused=True)
     seconds: dict[str, list[float]] = {}
 
@@ -45,7 +45,7 @@ def parts(policy: Path, rows: int, tokens: int) -> None:
 
     for _ in range(REPEATS):
         batch = timed("layout", sequence_batch, sequences, packed=True)
-        hidden = timed("body, forward", _hidden, model, batch)
+        hidden = timed("body, forward", hidden_states, model, batch)
         inputs = hidden.detach().requires_grad_()
         sums = timed("head, forward and its gradients", loss.head, inputs, batch.targets, None)
         timed("head, backward", sums[0].backward)
@@ -83,16 +83,16 @@ def head(policy: Path, rows: int, tokens: int) -> None:
 
 def recomputing(policy: Path, rows: int, tokens: int) -> None:
     """Seconds and peak memory of a forward and a backward pass, with gradient checkpointing and without."""
-    from alignment.engine import _keep_layer_inputs_only
-    from alignment.update import _sequence
+    from alignment.engine import keep_layer_inputs_only
+    from alignment.update import token_sequence
     from models.sequence_loss import SequenceLoss
 
     model = _model(policy).train()
     loss = SequenceLoss(model, packed=True)
-    sequences = [_sequence(r) for r in uniform_rollouts(rows, tokens)]
+    sequences = [token_sequence(r) for r in uniform_rollouts(rows, tokens)]
     for name in ("gradient_checkpointing=false", "gradient_checkpointing=true"):
         if name.endswith("true"):
-            _keep_layer_inputs_only(loss)
+            keep_layer_inputs_only(loss, "training")
         print(f"{name:34} {_cost(lambda: loss(sequences)[0].backward())}")
 
 

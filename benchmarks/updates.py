@@ -61,7 +61,7 @@ def trl(bench: Bench) -> list[Result]:
         "ours": updating(bench.policy, bench.examples, MICRO_BATCH),
         "theirs": trl_trainer(bench.policy, bench.examples),
     }
-    against = "TRL's SFTTrainer with its defaults, but in float32: gradient checkpointing, padding to a batch's longest"
+    against = "TRL's SFTTrainer with its defaults, but in float32: a whole train() of one step, gradient checkpointing"
     return _compared(bench, "update_vs_trl", ways, bench.examples, target=1.3, against=against)
 
 
@@ -73,7 +73,7 @@ def hf_trainer(bench: Bench) -> list[Result]:
         "ours": updating(bench.policy, bench.examples, MICRO_BATCH),
         "theirs": theirs(bench.policy, bench.examples),
     }
-    against = "transformers' Trainer with its defaults: padding to a batch's longest, in a random order"
+    against = "transformers' Trainer with its defaults: a whole train() of one step, padding to a batch's longest"
     return _compared(bench, "update_vs_hf_trainer", ways, bench.examples, target=1.3, against=against)
 
 

@@ -93,7 +93,8 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if slope is None else slope.mul_(gradients[0][0]) for slope in ctx.slopes]
+        slopes, ctx.slopes = ctx.slopes, None  # as large as the head: they must not outlive the backward pass
+        scaled = [None if slope is None else slope.mul_(gradients[0][0]) for slope in slopes]
         return (*scaled, None, None, None, None)
 
 
@@ -135,4 +136,6 @@ def has_plain_head(model: Any) -> bool:
     ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
     logits = model(input_ids=ids, use_cache=False).logits
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    if not hidden.dtype == head.weight.dtype == logits.dtype:  # some compute or give logits in float32
+        return False
     return bool(torch.equal(F.linear(hidden, head.weight, head.bias), logits))

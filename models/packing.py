@@ -42,30 +42,42 @@ class SequenceBatch:
     targets: Tensor
 
 
-def pack(lengths: Sequence[int]) -> list[list[int]]:
+def pack(lengths: Sequence[int], context: int | None = None) -> list[list[int]]:
     """Indices of sequences by row: as many rows of about one length as keep padding below `MOST_PADDING`.
 
-    The longest first, each into the shortest row. Attention costs a row's length squared: hence many rows, not one.
+    Attention costs a row's length squared: hence many rows, not one. Where they would be longer than the model's
+    `context` of tokens, which some cannot read even where positions restart, the fewest rows within it, however padded.
     """
-    total, order = sum(lengths), sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    most = int(total / ((1 - MOST_PADDING) * max(lengths)))
-    for count in range(min(most, len(lengths)), 0, -1):
-        rows: list[list[int]] = [[] for _ in range(count)]
-        filled = [0] * count
-        for i in order:
-            shortest = filled.index(min(filled))
-            rows[shortest].append(i)
-            filled[shortest] += lengths[i]
-        if total >= (1 - MOST_PADDING) * count * max(filled):
-            break
-    return rows
+    total, longest = sum(lengths), max(lengths)
+    widest = total if context is None else max(context, longest)
+    for count in range(min(int(total / ((1 - MOST_PADDING) * longest)), len(lengths)), 0, -1):
+        rows, width = _rows(lengths, count)
+        if width <= widest and total >= (1 - MOST_PADDING) * count * width:
+            return rows
+    counts = range(1, len(lengths) + 1)  # the last has a row for each
+    return next(rows for rows, width in (_rows(lengths, count) for count in counts) if width <= widest)
+
+
+def _rows(lengths: Sequence[int], count: int) -> tuple[list[list[int]], int]:
+    """`count` rows, and the tokens of the longest: the longest sequence first, each into the shortest row."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    filled = [0] * count
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        shortest = filled.index(min(filled))
+        rows[shortest].append(i)
+        filled[shortest] += lengths[i]
+    return rows, max(filled)
 
 
 def sequence_batch(
-    sequences: Sequence[TokenSequence], *, packed: bool, device: torch.device | str = "cpu"
+    sequences: Sequence[TokenSequence],
+    *,
+    packed: bool,
+    context: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> SequenceBatch:
-    """Sequences as a batch: one a row, or packed into rows of about one length."""
-    order = pack([len(s.ids) for s in sequences]) if packed else [[i] for i in range(len(sequences))]
+    """Sequences as a batch: one a row, or packed into rows of about one length within the model's `context`."""
+    order = pack([len(s.ids) for s in sequences], context) if packed else [[i] for i in range(len(sequences))]
     rows = [[sequences[i] for i in row] for row in order]
     width = max(sum(len(s.ids) for s in row) for row in rows)
     shape = (len(rows), width)

@@ -100,6 +100,13 @@ def load_reader(source: str | Path, *, prompt_format: PromptFormat, chat_templat
     return PromptReader(tokenizer, prompt_format, context)
 
 
+def resolved_dtype(dtype: Dtype, *, gpu: bool) -> Dtype:
+    """The type that `auto` stands for, bf16 on a GPU and fp32 on a CPU; any other is itself."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if gpu else "float32"
+
+
 def load_policy(
     source: str | Path,
     *,
@@ -108,13 +115,12 @@ def load_policy(
     chat_template: str | None = None,
     dtype: Dtype = "auto",
 ) -> Policy:
-    """A policy from a model folder or a hub name. `dtype` auto is fp32 on a CPU, bf16 on a GPU.
+    """A policy from a model folder or a hub name, in what `resolved_dtype` says.
 
     `chat_template` as in `load_reader`. Raises ModelError naming the folder and the remedy.
     """
     reader = load_reader(source, prompt_format=prompt_format, chat_template=chat_template)
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
+    dtype = resolved_dtype(dtype, gpu=device != "cpu")
     with _named_errors(source):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,

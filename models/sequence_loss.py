@@ -27,18 +27,22 @@ class SequenceLoss(nn.Module):
         lm = causal_lm(policy)
         self.policy, self.packed, self.kl_penalty = policy, packed, kl_penalty
         self.head = TokenHead(lm.get_output_embeddings(), kl_penalty) if has_plain_head(lm) else None
+        self.context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
         self._others = (lm, base)  # in a tuple, where torch does not look for modules
 
     def forward(self, sequences: Sequence[TokenSequence]) -> Tensor:
         """The loss, and with a penalty the KL, summed over the counted tokens, in nats. Shape: (1,) or (2,)."""
-        batch = sequence_batch(sequences, packed=self.packed, device=next(self.policy.parameters()).device)
+        device = next(self.policy.parameters()).device
+        batch = sequence_batch(sequences, packed=self.packed, context=self.context, device=device)
         lm, base = self._others
         if self.head is None:
             return loss_sums(_logits(lm, batch), batch.targets, self._of_base(_logits, batch), self.kl_penalty)
         reference = None
         if self.kl_penalty:
-            reference = Reference(self._of_base(_hidden, batch), None if base is None else base.get_output_embeddings())
-        sums: Tensor = self.head(_hidden(lm, batch), batch.targets, reference)
+            reference = Reference(
+                self._of_base(hidden_states, batch), None if base is None else base.get_output_embeddings()
+            )
+        sums: Tensor = self.head(hidden_states(lm, batch), batch.targets, reference)
         return sums
 
     @torch.no_grad()
@@ -57,7 +61,7 @@ class SequenceLoss(nn.Module):
         return found
 
 
-def _hidden(lm: Any, batch: SequenceBatch) -> Tensor:
+def hidden_states(lm: Any, batch: SequenceBatch) -> Tensor:
     """Last hidden states of the places that predict a counted token. Shape: (N, D)."""
     output = lm.base_model(input_ids=batch.input_ids, use_cache=False, **_positions(batch))
     hidden: Tensor = output.last_hidden_state.flatten(0, 1)[batch.predicts]

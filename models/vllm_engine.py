@@ -58,11 +58,12 @@ def check_installed() -> None:
 
 
 def load_vllm(
-    source: str | Path, *, gpu: bool, max_tokens: int, batch_tokens: int, tensor_parallel: int
+    source: str | Path, *, gpu: bool, dtype: str, max_tokens: int, batch_tokens: int, tensor_parallel: int
 ) -> "VllmEngine":
     """An engine for the architecture and tokenizer of `source`, asleep and without weights.
 
-    `max_tokens` bounds a prompt with its response, `batch_tokens` those whose keys and values are kept at once. All
+    `dtype` is the type of its weights, "float32" or "bfloat16", `max_tokens` bounds a prompt with its response,
+    `batch_tokens` those whose keys and values are kept at once. All
     ranks of the process group call it, if there is one. Raises ConfigError, and ModelError where vLLM cannot run the
     model.
     """
@@ -84,7 +85,7 @@ def load_vllm(
         llm = LLM(
             model=str(source),
             load_format="dummy",  # the trainer's weights follow before the first token
-            dtype="bfloat16" if gpu else "float32",
+            dtype=dtype,
             max_model_len=max_tokens,
             max_num_seqs=min(MAX_ROWS, math.ceil(batch_tokens / BLOCK_TOKENS)),
             block_size=BLOCK_TOKENS,

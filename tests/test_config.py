@@ -128,6 +128,16 @@ def test_each_bad_value_is_one_line_with_key_value_and_remedy() -> None:
             "training.constant_steps=0",
         ),
         (
+            ["training.lr_schedule=cosine", "training.warmup_steps=2", "training.constant_steps=4", "loop.max_steps=6"],
+            "training.warmup_steps (2) + training.constant_steps (4) must be < the 6 steps of the training: lower one "
+            "of them, or train for longer",
+        ),
+        (
+            ["sft.constant_steps=3", "sft.max_steps=3"],
+            "sft.warmup_steps (0) + sft.constant_steps (3) must be < the 3 steps of the training: lower one of them, "
+            "or train for longer",
+        ),
+        (
             ["training.offload_optimizer=true", "training.zero_stage=1"],
             "training.offload_optimizer needs GPUs, whose memory it spares, and DeepSpeed's ZeRO: set "
             "resources.gpu >= 1 (now 0) and training.zero_stage >= 1 (now 1)",
@@ -396,10 +406,10 @@ EFFECTS = {
     "judge.held_out_pairs": Effect("{root}/swapped.jsonl", see.judge_says("accuracy"), 0.0),
     "judge.num_train_pairs": Effect(32, see.judge_says("weights")),
     "training.lr": Effect(0.01, see.rates, [0.01] * 4),
-    "training.lr_schedule": Effect("linear", see.rates, [0.001, 0.000667, 0.000333, 0.0]),
+    "training.lr_schedule": Effect("linear", see.rates, [0.001, 0.00075, 0.0005, 0.00025]),
     "training.warmup_steps": Effect(2, see.rates, [0.0005, 0.001, 0.001, 0.001]),
-    "training.min_lr": Effect(4e-4, see.rates, [0.001, 0.0008, 0.0006, 0.0004], ("training.lr_schedule=linear",)),
-    "training.constant_steps": Effect(1, see.rates, [0.001, 0.0005, 0.0, 0.0], ("training.lr_schedule=linear",)),
+    "training.min_lr": Effect(4e-4, see.rates, [0.001, 0.00085, 0.0007, 0.00055], ("training.lr_schedule=linear",)),
+    "training.constant_steps": Effect(1, see.rates, [0.001, 0.000667, 0.000333, 0.0], ("training.lr_schedule=linear",)),
     "training.weight_decay": Effect(0.1, see.optimizer_group, (0.1, 0.9, 0.98)),
     "training.beta1": Effect(0.5, see.optimizer_group, (0.01, 0.5, 0.98)),
     "training.beta2": Effect(0.9, see.optimizer_group, (0.01, 0.9, 0.9)),

@@ -9,6 +9,8 @@ from transformers import (
     BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
@@ -19,6 +21,7 @@ from transformers import (
 
 from alignment.errors import ConfigError
 from alignment.types import TokenSequence
+from models.head import has_plain_head
 from models.packing import MOST_PADDING, check_packing, pack, packing_leak, sequence_batch
 from models.sequence_loss import SequenceLoss
 from tiny import VOCABULARY, random_rows, tiny_llama
@@ -137,6 +140,33 @@ def test_padding_stays_within_the_context():
     assert packed == pytest.approx(padded, rel=1e-5)
 
 
+def test_rows_stay_within_the_context():
+    lengths = [2000, *[100] * 7]
+    assert [sum(lengths[i] for i in row) for row in pack(lengths)] == [2700]
+    assert [sum(lengths[i] for i in row) for row in pack(lengths, 2048)] == [2000, 700]
+    assert pack([10, 6, 4], 10) == [[0], [1, 2]]
+    assert pack([10, 9, 2], 10) == [[0], [1], [2]]
+    assert pack([10, 9], 5) == [[0], [1]]  # which the model cannot read anyway: as few at a time as can be
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30), context=st.integers(40, 100))
+def test_no_row_is_longer_than_the_context(lengths, context):
+    rows = pack(lengths, context)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert max(sum(lengths[i] for i in row) for row in rows) <= context
+
+
+def test_a_model_that_reads_its_context_only_is_given_no_more():
+    """GPT-Neo's mask is as large as its context."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 16}
+    layers = {"attention_types": [[["global", "local"], 1]], "initializer_range": 0.3}
+    model = GPTNeoForCausalLM(GPTNeoConfig(vocab_size=VOCABULARY, **sizes, **layers)).eval()
+    with torch.no_grad():
+        padded, packed = (float(SequenceLoss(model, packed=way)(sequences((16, 4)))) for way in (False, True))
+    assert packed == pytest.approx(padded, rel=1e-5)
+
+
 @MODELS
 def test_models_that_keep_sequences_apart_may_pack(model):
     check_packing(model)
@@ -158,3 +188,4 @@ def test_models_that_do_not_are_refused():
         with torch.no_grad():  # they may train padded
             expected = sum(loss_by_hand(model, s) for s in sequences())
             assert float(SequenceLoss(model, packed=False)(sequences())) == pytest.approx(expected, rel=1e-5)
+    assert not has_plain_head(model.to(torch.bfloat16))  # Mamba's gives float32

@@ -12,6 +12,7 @@ import pytest
 from alignment.config import load_config
 from alignment.errors import ConfigError
 from alignment.stages import begin
+from config_effects import vllm_asked
 from flow_runs import SMOKE
 from models.vllm_engine import load_vllm, stream_seed
 
@@ -28,13 +29,22 @@ def test_a_vllm_that_lacks_a_package_is_an_error_that_names_it(monkeypatch: pyte
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "vllm", raising=False)
     with pytest.raises(ConfigError, match=r"cannot be imported \(No module named 'no_such_package'\): pip install"):
-        load_vllm("policy", gpu=False, max_tokens=8, batch_tokens=8, tensor_parallel=1)
+        load_vllm("policy", gpu=False, dtype="float32", max_tokens=8, batch_tokens=8, tensor_parallel=1)
 
 
 def test_weights_are_shared_by_workers_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     with pytest.raises(ConfigError, match=r"vllm_tensor_parallel \(2\) needs as many workers .* set it to 1"):
-        load_vllm("policy", gpu=False, max_tokens=8, batch_tokens=8, tensor_parallel=2)
+        load_vllm("policy", gpu=False, dtype="float32", max_tokens=8, batch_tokens=8, tensor_parallel=2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dtype"),
+    [([], "float32"), (["resources.gpu=1"], "bfloat16"), (["resources.gpu=1", "policy.dtype=float32"], "float32")],
+)
+def test_vllm_samples_in_the_type_of_the_policy(overrides: list[str], dtype: str) -> None:
+    config = load_config(SMOKE, ["rollouts.engine=vllm", *overrides])
+    assert vllm_asked("dtype")(config) == dtype
 
 
 def test_a_streams_seed_is_its_names_alone() -> None:

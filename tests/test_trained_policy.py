@@ -4,11 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import config_effects as see
 from alignment.config import load_config
+from alignment.continuation import differences, task_of
+from alignment.errors import ConfigError
 from alignment.judge_stage import prepare_judge
+from alignment.stages import begin
 from alignment.trained_policy import ADAPTERS
 from models.adapters import merge_lora
 from models.checkpoints import checkpoint_folder
@@ -74,6 +77,19 @@ def test_sharded_weights_train_as_whole_ones_do(root):
     for name, tensor in ends[0].items():
         # AdamW makes steps of 0.01 whatever a gradient's size: where it is nearly 0, rounding shows.
         torch.testing.assert_close(tensor, ends[1][name], atol=1e-3, rtol=0)
+
+
+def test_a_run_that_cannot_be_trained_so_ends_as_it_begins(root, monkeypatch):
+    schedule = ["training.lr_schedule=linear", "training.constant_steps=20", "loop.max_epochs=1", "loop.max_steps=30"]
+    with pytest.raises(ConfigError, match=r"training\.constant_steps \(20\) must be < the 20 steps"):
+        begin(smoke(root, *schedule), "too-many-constant-steps")
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    with pytest.raises(ConfigError, match=r"training\.gradient_checkpointing \(true\): LlamaForCausalLM has none"):
+        begin(smoke(root, "training.gradient_checkpointing=true"), "no-gradient-checkpointing")
+
+
+def test_the_scale_of_adapters_counts_where_there_are_some(root):
+    assert differences(*(task_of(smoke(root, f"training.lora_alpha={alpha}")) for alpha in (2, 4))) == []
 
 
 def test_adapters_do_not_go_on_from_another_shape(root):

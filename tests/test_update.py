@@ -12,12 +12,23 @@ from safetensors.torch import load_file
 
 import update_ranks
 from alignment.config_training import TrainingSection
-from alignment.engine import Ranks, _check_finite, gradient_accumulation_steps, learning_rate
-from alignment.errors import TrainingError
+from alignment.engine import (
+    Ranks,
+    build_engine,
+    check_finite,
+    gradient_accumulation_steps,
+    keep_layer_inputs_only,
+    learning_rate,
+    optimizer_tensors,
+    start_ranks,
+)
+from alignment.errors import ConfigError, TrainingError
 from alignment.micro_batches import sequence_micro_batches
-from alignment.update import _sequence
+from alignment.types import StepUpdate
+from alignment.update import token_sequence
 from models.adapters import copy_weights, load_trainable, merge_lora, trainable_tensors
 from models.sampling import Sampling, draw
+from models.sequence_loss import SequenceLoss
 from reward_runs import in_this_process
 from tiny import tiny_llama
 from update_ranks import BASE_SEED, RESPONSE_LENGTHS, rollouts
@@ -222,7 +233,7 @@ def test_dropout_draws_from_its_named_stream_alone(tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_divergence_is_an_error_that_names_the_rate(value):
     with pytest.raises(TrainingError, match=r"loss is (nan|inf).*training\.lr"):
-        _check_finite(value, "loss", "training")
+        check_finite(value, "loss", "training")
     with pytest.raises(TrainingError, match=r"training\.lr"):
         draw(torch.full((1, 4), float("nan")), torch.tensor([0.5]), Sampling(1))
 
@@ -230,7 +241,7 @@ def test_divergence_is_an_error_that_names_the_rate(value):
 @pytest.mark.parametrize("packed", [False, True])
 def test_all_ranks_get_equally_many_micro_batches_and_every_row_once(packed):
     training = TrainingSection(global_batch_size=12, micro_batch_size=2)
-    rows = [_sequence(r) for r in rollouts()]
+    rows = [token_sequence(r) for r in rollouts()]
     passes = gradient_accumulation_steps(training, 2)
     shares = [sequence_micro_batches(rows, 2, Ranks(rank, 2), passes, packed=packed) for rank in range(2)]
     assert [len(share) for share in shares] == [3, 3]
@@ -243,13 +254,58 @@ def test_all_ranks_get_equally_many_micro_batches_and_every_row_once(packed):
 def test_learning_rate_by_hand():
     def rates(**settings):
         training = TrainingSection(lr=1.0, **settings)
-        return [learning_rate(step, training, max_steps=5) for step in range(1, 6)]
+        return [learning_rate(step, training, total_steps=5) for step in range(1, 6)]
 
     assert rates() == [1, 1, 1, 1, 1]
     assert rates(warmup_steps=2) == [0.5, 1, 1, 1, 1]
-    assert rates(lr_schedule="linear", min_lr=0.2) == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
-    assert rates(lr_schedule="cosine") == pytest.approx([1, 0.853553, 0.5, 0.146447, 0], abs=1e-6)
-    assert rates(lr_schedule="linear", warmup_steps=2) == pytest.approx([0.5, 1, 1, 0.5, 0])
-    assert rates(lr_schedule="cosine", constant_steps=2, min_lr=0.1) == pytest.approx([1, 0.55, 0.1, 0.1, 0.1])
-    assert rates(lr_schedule="linear", warmup_steps=1, constant_steps=1) == pytest.approx([1, 1, 0.5, 0, 0])
-    assert rates(lr_schedule="cosine", warmup_steps=3, constant_steps=3) == pytest.approx([1 / 3, 2 / 3, 1, 0, 0])
+    assert rates(lr_schedule="linear", min_lr=0.2) == pytest.approx([1, 0.84, 0.68, 0.52, 0.36])
+    assert rates(lr_schedule="cosine") == pytest.approx([1, 0.904508, 0.654508, 0.345492, 0.095492], abs=1e-6)
+    assert rates(lr_schedule="linear", warmup_steps=2) == pytest.approx([0.5, 1, 1, 2 / 3, 1 / 3])
+    assert rates(lr_schedule="cosine", constant_steps=2, min_lr=0.1) == pytest.approx([1, 0.775, 0.325, 0.1, 0.1])
+    assert rates(lr_schedule="linear", warmup_steps=1, constant_steps=1) == pytest.approx([1, 1, 2 / 3, 1 / 3, 0])
+    assert rates(lr_schedule="cosine", warmup_steps=3, constant_steps=1) == pytest.approx([1 / 3, 2 / 3, 1, 1, 0])
+
+
+def test_constant_steps_leave_a_schedule():
+    training = TrainingSection(lr_schedule="linear", warmup_steps=1, constant_steps=2, lr=1.0)
+    training.check_schedule(4)
+    assert [learning_rate(step, training, total_steps=4) for step in range(1, 5)] == [1, 1, 0, 0]
+    with pytest.raises(ConfigError, match=r"training\.constant_steps \(2\) must be < the 3 steps"):
+        training.check_schedule(3)
+
+
+@pytest.mark.parametrize("zero_stage", range(4))
+def test_an_engine_that_starts_in_bfloat16_changes_no_weight(zero_stage):
+    """DeepSpeed's step on zeros would decay them by lr × weight_decay, here a third."""
+    training = TrainingSection(lr=1.0, weight_decay=0.3, zero_stage=zero_stage)
+    expected = sum(float(p.detach().float().norm() ** 2) for p in tiny_llama().to(torch.bfloat16).parameters())
+
+    def build():
+        loss = SequenceLoss(tiny_llama().to(torch.bfloat16), packed=True)
+        start_ranks(threads=1, gpu=False)
+        engine = build_engine(loss, training, zero_stage=zero_stage, world_size=1)
+        masters.extend(t for name, t in optimizer_tensors(engine).items() if name.endswith(".master"))
+
+    masters = []
+    in_this_process(build)
+    assert sum(float(t.detach().norm() ** 2) for t in masters) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_heads_gradient_is_handed_over_by_the_backward():
+    sums = SequenceLoss(tiny_llama(), packed=True)([token_sequence(r) for r in rollouts()])
+    node = sums.grad_fn
+    assert len(node.slopes) == 3
+    sums[0].backward()
+    assert node.slopes is None
+
+
+def test_gradient_checkpointing_that_a_model_has_not_is_refused():
+    model = tiny_llama()
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(ConfigError, match=r"training\.gradient_checkpointing \(true\): .* set training\.grad.*=false"):
+        keep_layer_inputs_only(model, "training")
+
+
+def test_an_update_in_a_manifest_from_before_the_penalty_can_be_read():
+    written = {"optimizer_steps": 1, "response_tokens": 2, "loss": 1.0, "grad_norm": 1.0, "lr": 1e-5}
+    assert StepUpdate(**written).kl is None

@@ -15,7 +15,8 @@ from vllm_samples import TEXTS, told
 def main(folder: str, out: str, tensor_parallel: int) -> None:
     ranks = start_ranks(threads=1, gpu=False)
     policy = load_policy(folder, prompt_format="text")
-    engine = load_vllm(folder, gpu=False, max_tokens=128, batch_tokens=2048, tensor_parallel=tensor_parallel)
+    sizes = {"max_tokens": 128, "batch_tokens": 2048, "tensor_parallel": tensor_parallel}
+    engine = load_vllm(folder, gpu=False, dtype="float32", **sizes)
     texts = TEXTS[2:] if ranks.rank else TEXTS  # uneven shares
     with open(f"{out}.{ranks.rank}", "w") as file:
         json.dump(told(policy, engine, texts), file)

@@ -37,7 +37,7 @@ FIRST_TOKENS, RESTRICTED = 2000, Sampling(max_new_tokens=1, temperature=1.5, top
 
 def main(folder: str, out: str) -> None:
     policy = load_policy(folder, prompt_format="text")
-    engine = load_vllm(folder, gpu=False, max_tokens=128, batch_tokens=2048, tensor_parallel=1)
+    engine = load_vllm(folder, gpu=False, dtype="float32", max_tokens=128, batch_tokens=2048, tensor_parallel=1)
     found: dict[str, Any] = {"before": told(policy, engine, TEXTS)}
     torch.manual_seed(3)
     with torch.no_grad():
