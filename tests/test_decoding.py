@@ -1,6 +1,8 @@
 """Decoding against a plain loop without cache, padding or batch, on models of many kinds; and against exact sums."""
 
+import gc
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -32,6 +34,7 @@ KINDS = {
     "opt": ("OPTConfig", {**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 32}, True),
     "gpt-neox": ("GPTNeoXConfig", SIZES, True),
     "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 8}, True),
+    "mixtral, experts": ("MixtralConfig", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}, True),
     "mistral, a wide window": ("MistralConfig", {**GROUPED, "sliding_window": 30}, True),
     "mistral, a narrow window": ("MistralConfig", {**GROUPED, "sliding_window": 4}, False),
     "gemma3, a wide window": ("Gemma3TextConfig", {**GROUPED, "head_dim": 8, "sliding_window": 64}, True),
@@ -239,6 +242,8 @@ def test_room_is_the_most_rows_that_the_budget_holds():
     assert most_room([5, 3], 4, 10, budget=10**9, shared=True) == Room(8, 10, 2, 5)
     assert most_room([5, 3], 4, 10, budget=75, shared=False) == Room(5, 10, 5, 5)
     assert most_room([5], 4, 10, budget=15, shared=True).rows == 1
+    # With one sample a prompt never has fewer rows than one: no slot beyond the rows.
+    assert most_room([5] * 9, 1, 10, budget=60, shared=True) == Room(4, 10, 4, 5)
     with pytest.raises(ConfigError, match=r"rollouts\.batch_tokens \(14\) must be >= 15"):
         most_room([5], 4, 10, budget=14, shared=True)
 
@@ -253,6 +258,22 @@ def test_the_cache_takes_what_the_room_says():
     kept += [t for pair in rows._shared for t in pair]
     bytes_per_token = 2 * 2 * 2 * 8 * 4  # layers × (keys, values) × key heads × head size × float32
     assert sum(t.nbytes for t in kept) == room.cached_tokens * bytes_per_token <= 100 * bytes_per_token
+
+
+def test_a_cache_is_freed_with_its_last_response_and_without_the_garbage_collector(monkeypatch):
+    made, real = [], SharedRows.__init__
+
+    def noted(self, *args, **how):
+        made.append(weakref.ref(self))
+        real(self, *args, **how)
+
+    monkeypatch.setattr(SharedRows, "__init__", noted)
+    gc.disable()
+    try:
+        responses(tiny_llama(), PROMPTS, numbers_for(PROMPTS, 3, 12), Sampling(12), 200)
+        assert made and all(rows() is None for rows in made)
+    finally:
+        gc.enable()
 
 
 def test_jobs_begin_with_the_longest_prompt():
