@@ -182,7 +182,7 @@ class SharedRows:
     ) -> tuple[Tensor, None]:
         """Attention of one new token a row. Shape: query (B, H·G, 1, D), key and value (B, H, T, D)."""
         rows, heads, size = len(query), key.shape[1], query.shape[3]
-        grouped = query.reshape(rows, heads, -1, size) * (size**-0.5 if scaling is None else scaling)
+        grouped = query.reshape(rows, heads, -1, size).float() * (size**-0.5 if scaling is None else scaling)
         own, own_mass = _softmax_attention(grouped, key, value, self._own_bias)
         seated, (keys, values) = self._seated(grouped), self._shared[module.layer_idx]
         parts = [
@@ -192,8 +192,8 @@ class SharedRows:
             for slots, width in self._groups
         ]
         found, mass = (self._stood(torch.cat(part)) for part in zip(*parts, strict=True))
-        share = torch.sigmoid(mass - own_mass).to(own.dtype)
-        return torch.lerp(own, found, share).reshape(rows, 1, -1, own.shape[3]), None
+        merged = torch.lerp(own, found, torch.sigmoid(mass - own_mass)).to(value.dtype)
+        return merged.reshape(rows, 1, -1, own.shape[3]), None
 
     def _slot_groups(self) -> list[tuple[slice, int]]:
         """Slots side by side, each group with the columns that its widest prompt takes: less padding is looked at."""
@@ -221,13 +221,16 @@ class SharedRows:
 
 
 def _softmax_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention, and the logarithm of its softmax's sum in float32: (…, queries, D) and (…, queries, 1)."""
-    scores = torch.matmul(query, keys.transpose(-1, -2)).float()
+    """Attention, and the logarithm of its softmax's sum, both in float32: (…, queries, D) and (…, queries, 1).
+
+    In float32 throughout, as `sdpa` has its sums: of half precision scores, a softmax is off by a per cent.
+    """
+    scores = torch.matmul(query.float(), keys.float().transpose(-1, -2))
     if bias is not None:
         scores += bias
     largest = scores.amax(-1, keepdim=True)
     total = scores.sub_(largest).exp_().sum(-1, keepdim=True)
-    found = torch.matmul(scores.to(values.dtype), values)
+    found = torch.matmul(scores, values.float())
     return found.div_(total), largest + total.log()
 
 
