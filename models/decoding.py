@@ -13,11 +13,10 @@ from transformers import PreTrainedModel
 
 from alignment.types import FinishReason
 from models.batching import TokenIds
-from models.own_rows import OwnRows
-from models.prefill import plain_cache, prefill
-from models.rows import Job, Rows, longest_first, most_room
+from models.prefill import prefill
+from models.row_kinds import rows_for
+from models.rows import Job, longest_first
 from models.sampling import Sample, Sampling, adjusted, before_stop, draw
-from models.shared_rows import SharedRows
 
 Decode = Callable[[TokenIds, TokenIds], str]
 """The text of a response: from the tokens of its prompt and its own."""
@@ -47,14 +46,14 @@ def respond(
 
     `batch_tokens` bounds the tokens whose keys and values are kept, each row's for the longest response. Stop strings
     need `decode`. Shape: uniforms (P, n, max_new_tokens) in [0, 1). Raises ConfigError where one row exceeds
-    `batch_tokens`, TrainingError where the model's output is not finite.
+    `batch_tokens`, ModelError where the model cannot be decoded in batches, TrainingError where it gives NaN.
     """
     if sampling.stop and decode is None:
         raise ValueError("stop strings are looked for in a text: give `decode`")
     device, samples = next(model.parameters()).device, uniforms.shape[1]
     numbers, ending = uniforms.to(device), torch.tensor(list(eos_ids), device=device)
     waiting = longest_first(prompts, samples)
-    cache = _cache(model, prompts, samples, sampling.max_new_tokens, budget=batch_tokens, pad_id=eos_ids[0])
+    cache = rows_for(model, prompts, samples, sampling.max_new_tokens, budget=batch_tokens, pad_id=eos_ids[0])
     rows: list[_Row] = []
     done: dict[int, dict[int, Sample]] = {}
     logits: list[Tensor] = []
@@ -81,28 +80,11 @@ def respond(
         logits = [cache.step(drawn)] if rows else []
 
 
-def sample(
-    model: PreTrainedModel,
-    prompts: Sequence[TokenIds],
-    uniforms: Tensor,
-    sampling: Sampling,
-    *,
-    eos_ids: Sequence[int],
-    decode: Decode | None = None,
-) -> list[list[Sample]]:
-    """What `respond` gives in the order of the prompts, all of them decoded side by side."""
-    room = uniforms.shape[1] * len(prompts) * (max(map(len, prompts)) + sampling.max_new_tokens)
-    found: dict[int, list[Sample]] = {}
-    for some in respond(model, prompts, uniforms, sampling, eos_ids=eos_ids, batch_tokens=room, decode=decode):
-        found |= some
-    return [found[i] for i in range(len(prompts))]
-
-
 @torch.inference_mode()
 def stream(
     model: PreTrainedModel, prompt: TokenIds, uniforms: Tensor, sampling: Sampling, *, eos_ids: Sequence[int]
 ) -> Iterator[int]:
-    """The tokens of one response as they are drawn, the ending one included: those of `sample` for the same numbers.
+    """The tokens of one response as they are drawn, the ending one included: those of `respond` for the same numbers.
 
     Stop strings are the caller's, who has the text. Shape: uniforms (max_new_tokens,) in [0, 1).
     """
@@ -115,17 +97,6 @@ def stream(
         if row.tokens[-1] in eos_ids or t + 1 == sampling.max_new_tokens:
             return
         logits = model(input_ids=drawn[:, None], past_key_values=read.cache, use_cache=True).logits[:, -1]
-
-
-def _cache(
-    model: PreTrainedModel, prompts: Sequence[TokenIds], samples: int, tokens: int, *, budget: int, pad_id: int
-) -> Rows:
-    lengths = [len(prompt) for prompt in prompts]
-    like = plain_cache(model, pad_id, tokens=max(lengths) + tokens)
-    room = most_room(lengths, samples, tokens, budget=budget, shared=like is not None)
-    if like is None:
-        return OwnRows(model, prompts, room, pad_id=pad_id)
-    return SharedRows(model, prompts, like, room, samples=samples, pad_id=pad_id)
 
 
 def _draw(

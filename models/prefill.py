@@ -22,7 +22,10 @@ from models.batching import TokenIds, left_pad, position_ids
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
-PLAIN = {"dropout", "scaling", "sliding_window", "is_causal", "position_ids", "use_cache", "output_attentions"}
+PLAIN = {
+    "dropout", "is_causal", "output_attentions", "output_router_logits", "position_ids", "scaling", "sliding_window",
+    "use_cache",
+}  # fmt: skip
 """What a model may tell its attention without making it another function."""
 
 

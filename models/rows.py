@@ -59,7 +59,7 @@ def most_room(lengths: Sequence[int], samples: int, tokens: int, *, budget: int,
     width = max(lengths)
 
     def of(rows: int) -> Room:
-        slots = rows if not shared or rows == 1 else min(len(lengths), -(-2 * rows // samples))
+        slots = min(len(lengths), rows, -(-2 * rows // samples)) if shared else rows
         return Room(rows, tokens, slots, width)
 
     most = len(lengths) * samples

@@ -11,6 +11,7 @@ columns, T columns of own tokens, V vocabulary.
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,26 +31,39 @@ SLOT_GROUPS = 4
 """Matrix products that the prompts' keys are divided among, by length."""
 
 
+@dataclass(frozen=True, slots=True)
+class Column:
+    """Where a step writes: `where` indexes one column of each live row, `columns` counts those that any row has then.
+
+    The layers are given this, not the rows: two that hold each other are freed only when the garbage collector runs,
+    which is seldom, and with them a whole cache.
+    """
+
+    where: Any
+    columns: int
+
+
 class OwnTokens(DynamicLayer):
     """A layer's keys and values of all rows' own tokens, (rows, H, tokens, D) with room for all that may come."""
 
-    def __init__(self, rows: "SharedRows", like: Tensor, like_value: Tensor, room: Room) -> None:
+    column: Column
+
+    def __init__(self, like: Tensor, like_value: Tensor, room: Room) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.is_initialized, self.dtype, self.device = True, like.dtype, like.device
-        self._rows = rows
         self.all_keys = like.new_zeros(room.rows, like.shape[1], room.tokens, like.shape[3])
         self.all_values = like.new_zeros(room.rows, like_value.shape[1], room.tokens, like_value.shape[3])
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write one column of each live row; returns views of everything so far, (B, H, T, D)."""
-        count, columns, where = len(key_states), self._rows.columns, self._rows.where
+        count, columns, where = len(key_states), self.column.columns, self.column.where
         self.all_keys[where], self.all_values[where] = key_states[:, :, 0], value_states[:, :, 0]
         self.keys, self.values = self.all_keys[:count, :, :columns], self.all_values[:count, :, :columns]
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
         """Columns before the one that is written next."""
-        return self._rows.columns - 1
+        return self.column.columns - 1
 
 
 class SharedRows:
@@ -66,7 +80,7 @@ class SharedRows:
         pad_id: int,
     ) -> None:
         self._model, self._prompts, self._samples, self._room, self._pad_id = model, prompts, samples, room, pad_id
-        self._own = [OwnTokens(self, keys, values, room) for keys, values in states(like)]
+        self._own = [OwnTokens(keys, values, room) for keys, values in states(like)]
         self._shared = [(_slots(keys, room), _slots(values, room)) for keys, values in states(like)]
         self._device = self._shared[0][0].device
         self._bias = torch.zeros(room.prompts, 1, 1, room.width, device=self._device)
@@ -134,7 +148,7 @@ class SharedRows:
     def step(self, tokens: Tensor) -> Tensor:
         """See `models.rows.Rows`."""
         lengths, device = torch.tensor(self._lengths, device=self._device), self._device
-        count, self.columns = len(lengths), max(self._lengths) + 1
+        count, columns = len(lengths), max(self._lengths) + 1
         before = torch.tensor([len(self._prompts[job.prompt]) for job in self._jobs], device=device)
         seats = [self._slot_of[job.prompt] * self._samples + job.sample for job in self._jobs]
         self._used = max(self._slot_of.values()) + 1
@@ -142,12 +156,14 @@ class SharedRows:
         # Rows in the order of their seats, and of one length, are the usual case, and need no index.
         self._seats = None if seats == list(range(self._used * self._samples)) else torch.tensor(seats, device=device)
         self._own_bias = None
-        self.where: Any = (slice(count), slice(None), self._lengths[0])
+        where: Any = (slice(count), slice(None), self._lengths[0])
         if min(self._lengths) < max(self._lengths):
-            self.where = (torch.arange(count, device=device), slice(None), lengths)
-            beyond = torch.arange(self.columns, device=device) > lengths[:, None]
+            where = (torch.arange(count, device=device), slice(None), lengths)
+            beyond = torch.arange(columns, device=device) > lengths[:, None]
             bias = torch.zeros(beyond.shape, device=device).masked_fill_(beyond, -torch.inf)
             self._own_bias = bias[:, None, None]
+        for layer in self._own:
+            layer.column = Column(where, columns)
         with attention(self._attend):
             output = self._model(
                 input_ids=tokens[:, None],
@@ -166,7 +182,7 @@ class SharedRows:
     ) -> tuple[Tensor, None]:
         """Attention of one new token a row. Shape: query (B, H·G, 1, D), key and value (B, H, T, D)."""
         rows, heads, size = len(query), key.shape[1], query.shape[3]
-        grouped = query.reshape(rows, heads, -1, size) * (size**-0.5 if scaling is None else scaling)
+        grouped = query.reshape(rows, heads, -1, size).float() * (size**-0.5 if scaling is None else scaling)
         own, own_mass = _softmax_attention(grouped, key, value, self._own_bias)
         seated, (keys, values) = self._seated(grouped), self._shared[module.layer_idx]
         parts = [
@@ -176,8 +192,8 @@ class SharedRows:
             for slots, width in self._groups
         ]
         found, mass = (self._stood(torch.cat(part)) for part in zip(*parts, strict=True))
-        share = torch.sigmoid(mass - own_mass).to(own.dtype)
-        return torch.lerp(own, found, share).reshape(rows, 1, -1, own.shape[3]), None
+        merged = torch.lerp(own, found, torch.sigmoid(mass - own_mass)).to(value.dtype)
+        return merged.reshape(rows, 1, -1, own.shape[3]), None
 
     def _slot_groups(self) -> list[tuple[slice, int]]:
         """Slots side by side, each group with the columns that its widest prompt takes: less padding is looked at."""
@@ -205,13 +221,16 @@ class SharedRows:
 
 
 def _softmax_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention, and the logarithm of its softmax's sum in float32: (…, queries, D) and (…, queries, 1)."""
-    scores = torch.matmul(query, keys.transpose(-1, -2)).float()
+    """Attention, and the logarithm of its softmax's sum, both in float32: (…, queries, D) and (…, queries, 1).
+
+    In float32 throughout, as `sdpa` has its sums: of half precision scores, a softmax is off by a per cent.
+    """
+    scores = torch.matmul(query.float(), keys.float().transpose(-1, -2))
     if bias is not None:
         scores += bias
     largest = scores.amax(-1, keepdim=True)
     total = scores.sub_(largest).exp_().sum(-1, keepdim=True)
-    found = torch.matmul(scores.to(values.dtype), values)
+    found = torch.matmul(scores, values.float())
     return found.div_(total), largest + total.log()
 
 

@@ -17,9 +17,9 @@ from alignment.embedded import policy_folder
 from alignment.launch import SOURCE_ROOT
 from alignment.rollouts import uniforms
 from models.chat import Speaker, main, talk
-from models.decoding import sample
 from models.policy import Policy, load_policy
 from models.sampling import Sampling
+from side_by_side import sample
 from test_policy_source import seal
 
 Sealed = Callable[..., Path]

@@ -1,6 +1,8 @@
 """Decoding against a plain loop without cache, padding or batch, on models of many kinds; and against exact sums."""
 
+import gc
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -12,14 +14,17 @@ from peft import LoraConfig, get_peft_model
 from scipy import stats
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from alignment.errors import ConfigError
+from alignment.errors import ConfigError, ModelError
 from alignment.rollouts import uniforms
 from models.batching import response_batch, response_logits
-from models.decoding import respond, sample, stream
+from models.decoding import respond, stream
+from models.own_rows import OwnRows
 from models.prefill import plain_cache
+from models.row_kinds import rows_for
 from models.rows import Job, Room, longest_first, most_room
 from models.sampling import Sampling, adjusted
 from models.shared_rows import SharedRows
+from side_by_side import sample
 from tiny import EOS, VOCABULARY, random_rows, tiny_llama
 
 PROMPTS = random_rows([3, 9, 5, 1])
@@ -32,6 +37,7 @@ KINDS = {
     "opt": ("OPTConfig", {**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 32}, True),
     "gpt-neox": ("GPTNeoXConfig", SIZES, True),
     "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 8}, True),
+    "mixtral, experts": ("MixtralConfig", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}, True),
     "mistral, a wide window": ("MistralConfig", {**GROUPED, "sliding_window": 30}, True),
     "mistral, a narrow window": ("MistralConfig", {**GROUPED, "sliding_window": 4}, False),
     "gemma3, a wide window": ("Gemma3TextConfig", {**GROUPED, "head_dim": 8, "sliding_window": 64}, True),
@@ -53,10 +59,15 @@ def one_thread():
 def tiny(kind: str):
     """A model of that kind with random weights, and whether its prompts can be shared."""
     name, sizes, shared = KINDS[kind]
+    return causal_lm(name, sizes), shared
+
+
+def causal_lm(name: str, sizes: dict):
+    """A model of that config class with random weights."""
     special = {"bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0}
     config = getattr(transformers, name)(vocab_size=VOCABULARY, initializer_range=0.3, **sizes, **special)
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval(), shared
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def plain_loop(model, prompt, numbers, sampling):
@@ -104,8 +115,58 @@ def check(got, model, prompts, numbers, sampling):
 def test_samples_are_those_of_a_plain_loop_for_models_of_many_kinds(kind):
     (model, shared), sampling, numbers = tiny(kind), Sampling(12), numbers_for(PROMPTS, 3, 12)
     with torch.inference_mode():
-        assert (plain_cache(model, EOS, tokens=21) is not None) == shared
+        rows = rows_for(model, PROMPTS, 3, 12, budget=75, pad_id=EOS)
+    assert type(rows) is (SharedRows if shared else OwnRows)
     check(responses(model, PROMPTS, numbers, sampling, 75), model, PROMPTS, numbers, sampling)
+
+
+def test_in_half_precision_log_probabilities_are_as_near_the_trainers_as_its_rounding():
+    """Attention weights are doubled twice over: what rounding does to scores shows."""
+    torch.manual_seed(0)
+    sizes = {**GROUPED, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6}
+    config = LlamaConfig(**sizes, vocab_size=512, initializer_range=0.06, bos_token_id=1, eos_token_id=EOS)
+    model = LlamaForCausalLM(config).eval()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= 2
+        layer.self_attn.k_proj.weight.data *= 2
+    whole = LlamaForCausalLM(config).eval()
+    whole.load_state_dict(model.bfloat16().state_dict())
+    prompts = [torch.randint(3, 512, (n,)).tolist() for n in (30, 80, 50, 10)]
+    drawn = sample(model, prompts, torch.rand(4, 4, 40, dtype=torch.float64), Sampling(40), eos_ids=[EOS])
+    ours, trainer, exact = [], [], []
+    for prompt, samples in zip(prompts, drawn, strict=True):
+        batch = response_batch([prompt] * 4, [one.token_ids for one in samples], pad_id=0)
+        kept = batch.response_mask.bool()
+        for found, by in ((trainer, model), (exact, whole)):
+            with torch.no_grad():
+                logged = response_logits(by, batch).float().log_softmax(-1).gather(-1, batch.targets[..., None])[..., 0]
+            found += logged[kept].tolist()
+        ours += [value for one in samples for value in one.log_probs]
+
+    def rms(a, b):
+        return float(np.sqrt(np.mean((np.array(a) - np.array(b)) ** 2)))
+
+    assert rms(ours, exact) < 1.2 * rms(trainer, exact)
+    assert rms(ours, trainer) < 0.04
+
+
+BART = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "init_std": 0.3}
+UNFIT = {
+    "bart": ("BartConfig", {**BART, "is_decoder": True, "is_encoder_decoder": False}),
+    "roberta": ("RobertaConfig", {**SIZES, "is_decoder": True}),
+    "recurrent_gemma": ("RecurrentGemmaConfig", GROUPED),
+    "mamba": ("MambaConfig", {"hidden_size": 32, "num_hidden_layers": 2}),
+    "bamba": ("BambaConfig", {**GROUPED, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8}),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_a_model_that_counts_positions_by_itself_or_recurs_is_refused_by_its_name(kind):
+    name, sizes = UNFIT[kind]
+    model = causal_lm(name, sizes)
+    numbers = numbers_for(PROMPTS, 3, 12)
+    with pytest.raises(ModelError, match=f"a model of type {kind} here: .*reads position_ids"):
+        responses(model, PROMPTS, numbers, Sampling(12), 75)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(30), Sampling(30, 5, temperature=2.0, repetition_penalty=1.3)])
@@ -239,6 +300,8 @@ def test_room_is_the_most_rows_that_the_budget_holds():
     assert most_room([5, 3], 4, 10, budget=10**9, shared=True) == Room(8, 10, 2, 5)
     assert most_room([5, 3], 4, 10, budget=75, shared=False) == Room(5, 10, 5, 5)
     assert most_room([5], 4, 10, budget=15, shared=True).rows == 1
+    # With one sample a prompt never has fewer rows than one: no slot beyond the rows.
+    assert most_room([5] * 9, 1, 10, budget=60, shared=True) == Room(4, 10, 4, 5)
     with pytest.raises(ConfigError, match=r"rollouts\.batch_tokens \(14\) must be >= 15"):
         most_room([5], 4, 10, budget=14, shared=True)
 
@@ -253,6 +316,22 @@ def test_the_cache_takes_what_the_room_says():
     kept += [t for pair in rows._shared for t in pair]
     bytes_per_token = 2 * 2 * 2 * 8 * 4  # layers × (keys, values) × key heads × head size × float32
     assert sum(t.nbytes for t in kept) == room.cached_tokens * bytes_per_token <= 100 * bytes_per_token
+
+
+def test_a_cache_is_freed_with_its_last_response_and_without_the_garbage_collector(monkeypatch):
+    made, real = [], SharedRows.__init__
+
+    def noted(self, *args, **how):
+        made.append(weakref.ref(self))
+        real(self, *args, **how)
+
+    monkeypatch.setattr(SharedRows, "__init__", noted)
+    gc.disable()
+    try:
+        responses(tiny_llama(), PROMPTS, numbers_for(PROMPTS, 3, 12), Sampling(12), 200)
+        assert made and all(rows() is None for rows in made)
+    finally:
+        gc.enable()
 
 
 def test_jobs_begin_with_the_longest_prompt():

@@ -16,11 +16,11 @@ from alignment.embedded import policy_folder
 from alignment.errors import ConfigError
 from alignment.launch import SOURCE_ROOT
 from infra.triton_health import answers
-from models.decoding import sample
 from models.policy import Policy, load_policy
 from models.policy_export import export_policy, main
 from models.sampling import Sampling, draw
 from reward_fixtures import export_tiny, served_repository, triton_module
+from side_by_side import sample
 from test_reward_serving import StandInError
 
 MODEL = SOURCE_ROOT / "triton_repo" / "policy" / "1" / "model.py"
