@@ -101,7 +101,7 @@ class RolloutsSection(Section):
     repetition_penalty: Number = Field(1.0, gt=0)
     """Divides the positive logits of tokens that prompt or response hold, multiplies the negative ones; 1 is none."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Texts, or special tokens, that end a response. It is cut before them; its tokens hold them, like an ending one."""
+    """Texts, or special tokens, ending a response. It is cut before them; its tokens hold them, like an ending one."""
     references: Literal["ignore", "join"] = "ignore"
     """`join`: a prompt's reference answer, where it has one, is scored beside the samples and may be selected."""
     batch_tokens: int = Field(16384, ge=1)
