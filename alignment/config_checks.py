@@ -33,6 +33,11 @@ def check_config(config: "Config") -> None:
             f"rollouts.min_new_tokens ({roll.min_new_tokens}) must be <= rollouts.max_new_tokens "
             f"({roll.max_new_tokens}): lower the first or raise the second"
         )
+    if 0 < roll.temperature < 0.01:
+        raise ValueError(
+            f"rollouts.temperature ({roll.temperature}) must be 0 or >= 0.01: logits over less are no longer "
+            "finite; 0 takes the likeliest token"
+        )
     longest = config.prompts.max_prompt_tokens + roll.max_new_tokens
     if roll.batch_tokens < longest:
         raise ValueError(

@@ -91,7 +91,7 @@ class RolloutsSection(Section):
     min_new_tokens: int = Field(0, ge=0)
     """Tokens before which no ending token is drawn; a stop string ends a response of any length."""
     temperature: Number = Field(1.0, ge=0)
-    """Softmax temperature of training rollouts, 0 for the likeliest token; evaluation always samples at 1."""
+    """Softmax temperature of training rollouts, 0 for the likeliest token, else >= 0.01; evaluation samples at 1."""
     top_k: int = Field(0, ge=0)
     """Sample among the k most probable tokens; 0 means all."""
     top_p: Number = Field(1.0, gt=0, le=1)
@@ -101,7 +101,7 @@ class RolloutsSection(Section):
     repetition_penalty: Number = Field(1.0, gt=0)
     """Divides the positive logits of tokens that prompt or response hold, multiplies the negative ones; 1 is none."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Texts that end a response. It is cut before them; its tokens hold them, as they hold an ending token."""
+    """Texts, or special tokens, ending a response. It is cut before them; its tokens hold them, like an ending one."""
     references: Literal["ignore", "join"] = "ignore"
     """`join`: a prompt's reference answer, where it has one, is scored beside the samples and may be selected."""
     batch_tokens: int = Field(16384, ge=1)

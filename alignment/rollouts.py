@@ -7,11 +7,12 @@ the same whatever the batch, the rank or the order, and with no generator state 
 import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from alignment.errors import ConfigError
+from alignment.errors import ConfigError, DataError
 from alignment.types import Prompt, Rollout
 
 AnyRollout = TypeVar("AnyRollout", bound=Rollout)
@@ -28,6 +29,13 @@ def uniforms(stream: str, count: int) -> "np.ndarray[tuple[int], np.dtype[np.flo
     return np.random.Generator(np.random.Philox(key=key)).random(count)
 
 
+@dataclass(slots=True)
+class Lowered:
+    """Tokens that memory was found to hold, whatever `rollouts.batch_tokens` is: what later rollouts begin with."""
+
+    tokens: int = sys.maxsize
+
+
 def _to_stderr(text: str) -> None:
     print(text, file=sys.stderr)
 
@@ -42,6 +50,7 @@ def generate(
     stream: str,
     with_references: bool = False,
     on_note: Callable[[str], None] = _to_stderr,
+    lowered: Lowered | None = None,
     engine: "VllmEngine | None" = None,
 ) -> Iterator[list[Rollout]]:
     """Rollouts of some prompts at a time, as they are done: all of a prompt's in one list, with indices from 0.
@@ -49,19 +58,25 @@ def generate(
     By the policy's own model, or by `engine` with the model's weights, which has its own bound of tokens.
 
     `stream` names the randomness, e.g. "<seed>/step-7". `batch_tokens` bounds the tokens that are kept at once, of
-    prompts and of the longest responses that may come; memory that does not hold them is told to `on_note`, and what
-    is not done begins anew with half of them. `with_references` a prompt's reference answer follows its rollouts, cut
-    at `max_new_tokens` like a sample. Raises ConfigError, TrainingError.
+    prompts and of the longest responses that may come; memory that does not hold them is told to `on_note`, and
+    what is not done begins anew with half of them, a bound that `lowered` hands from one call to the next.
+    `with_references` a prompt's reference answer follows its rollouts, cut at `max_new_tokens` like a sample.
+    Raises ConfigError, DataError, ModelError, TrainingError.
     """
     from models.sampling import before_stop
 
     texts = [policy.reader.text(prompt) for prompt in prompts]
     encoded = [policy.reader.encode(text) for text in texts]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if not ids:
+            raise DataError(f"prompt {prompt.prompt_id} has no tokens for the policy to go on from: leave it out")
+    special, stop = _special_first(policy, sampling.stop)
+    sampling, eos_ids = replace(sampling, stop=stop), tuple(dict.fromkeys((*policy.eos_ids, *special)))
     streams = [[f"{stream}/{prompt.prompt_id}/{k}" for k in range(samples_per_prompt)] for prompt in prompts]
     if engine is None:
-        responses = _responses(policy, encoded, streams, sampling, batch_tokens, on_note)
+        responses = _responses(policy, encoded, streams, sampling, eos_ids, batch_tokens, lowered or Lowered(), on_note)
     else:
-        responses = engine.responses(policy.model.named_parameters(), encoded, streams, sampling, policy.eos_ids)
+        responses = engine.responses(policy.model.named_parameters(), encoded, streams, sampling, eos_ids)
     for found in responses:
         yield [
             Rollout(
@@ -89,7 +104,9 @@ def _responses(
     prompts: Sequence[Sequence[int]],
     streams: Sequence[Sequence[str]],
     sampling: "Sampling",
-    batch_tokens: int,
+    eos_ids: Sequence[int],
+    asked: int,
+    lowered: Lowered,
     on_note: Callable[[str], None],
 ) -> Iterator[dict[int, list["Sample"]]]:
     """All samples of some prompts at a time, by the prompt's index; with ever fewer side by side as memory demands."""
@@ -102,6 +119,7 @@ def _responses(
     left = list(range(len(prompts)))
     while left:
         needed = max(len(prompts[i]) for i in left) + sampling.max_new_tokens
+        batch_tokens = min(asked, max(needed, lowered.tokens))
         done: set[int] = set()
         try:
             for found in respond(
@@ -109,7 +127,7 @@ def _responses(
                 [prompts[i] for i in left],
                 numbers[left],
                 sampling,
-                eos_ids=policy.eos_ids,
+                eos_ids=eos_ids,
                 batch_tokens=batch_tokens,
                 decode=policy.reader.decode,
             ):
@@ -127,11 +145,25 @@ def _responses(
         if left:
             release_memory()
             held = min(batch_tokens, sum(len(prompts[i]) + len(streams[i]) * sampling.max_new_tokens for i in left))
-            batch_tokens = max(needed, held // 2)
+            lowered.tokens = max(needed, held // 2)
             on_note(
-                f"out of memory while generating: {len(left)} prompts begin anew with {batch_tokens} tokens side by "
+                f"out of memory while generating: {len(left)} prompts begin anew with {lowered.tokens} tokens side by "
                 "side; set rollouts.batch_tokens to that"
             )
+
+
+def _special_first(policy: "Policy", stop: Sequence[str]) -> tuple[list[int], tuple[str, ...]]:
+    """Stop strings that are a special token, by its id, and the others: a text has no special tokens to be found in."""
+    added = policy.reader.tokenizer.added_tokens_decoder
+    special = {str(token): i for i, token in added.items() if token.special}
+    for one in stop:
+        within = [token for token in special if token in one]
+        if within and one not in special:
+            raise ConfigError(
+                f"rollouts.stop ({one!r}) would never be found: {within[0]} is a special token of the policy, which no "
+                "response's text holds. Name the token by itself, or leave it out"
+            )
+    return [special[one] for one in stop if one in special], tuple(one for one in stop if one not in special)
 
 
 def _reference(

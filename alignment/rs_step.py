@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from alignment.config import Config
@@ -13,7 +13,7 @@ from alignment.lifeline import Stop, StopRequested
 from alignment.preparation import PromptSets
 from alignment.prompts import read_order
 from alignment.records import step_record, validation_record
-from alignment.rollouts import generate, in_prompt_order
+from alignment.rollouts import Lowered, generate, in_prompt_order
 from alignment.run_folder import MODEL_COLUMNS
 from alignment.selection import select
 from alignment.trainer import Trainer, train_step
@@ -39,7 +39,8 @@ class Interrupted(Exception):
 class Session:
     """What a colocated worker holds besides the trainer: prompts, scorers, where events go and whether to stop.
 
-    `watch` reads the reward server's statistics on the run's own reward model, for the writer alone.
+    `watch` reads the reward server's statistics on the run's own reward model, for the writer alone. `lowered`
+    goes from one call of `generate` to the next, so that each step does not run out of memory anew.
     """
 
     trainer: Trainer
@@ -49,6 +50,7 @@ class Session:
     watch: ServerWatch
     emit: Emit
     stop: Stop
+    lowered: Lowered = field(default_factory=Lowered)
 
 
 def rs_step(session: Session, step: int) -> None:
@@ -142,6 +144,7 @@ def _scored_share(
         stream=f"{config.seed}/step-{step}",
         with_references=config.rollouts.references == "join",
         on_note=lambda text: session.emit({"kind": "note", "text": text}),
+        lowered=session.lowered,
         engine=trainer.sampler,
     ):
         session.stop.check()
@@ -221,6 +224,8 @@ def _validation_share(session: Session) -> list[ScoredRollout]:
         sampling=training_sampling(config),
         batch_tokens=config.rollouts.batch_tokens,
         stream=f"{config.seed}/validation",
+        on_note=lambda text: session.emit({"kind": "note", "text": text}),
+        lowered=session.lowered,
         engine=session.trainer.sampler,
     ):
         session.stop.check()

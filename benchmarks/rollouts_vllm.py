@@ -99,7 +99,7 @@ def compare(options: argparse.Namespace, scratch: Path, note: Note) -> Result:
         seconds = interleaved({"ours": bench.ours, "vllm": peer.generate}, options.rounds, note, title=NAME)
     tokens = len(bench.prompts) * SAMPLES * NEW_TOKENS
     against = (
-        f"vLLM 0.32 on the CPU, compiled, float32, n={SAMPLES}, {options.threads} threads: "
+        f"vLLM 0.32 on the CPU, compiled, float32, n={SAMPLES}, {options.threads} threads, both keep freed memory: "
         f"{tokens / min(seconds['vllm']):.0f} tokens/s, ours {tokens / min(seconds['ours']):.0f}"
     )
     command = "python -m benchmarks.rollouts_vllm --vllm-python PATH"

@@ -22,11 +22,15 @@ def keep_freed_memory() -> None:
         mallopt(_TRIM_THRESHOLD, _NEVER)
 
 
+_LACKING = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+"""What torch's CPU allocator, cuBLAS and CUDA itself say, by a plain RuntimeError."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU, torch's allocator on a CPU, or Python had no memory left."""
+    """Whether a GPU or a library on it, torch's allocator on a CPU, or Python had no memory left."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in _LACKING)
 
 
 def release_memory() -> None:

@@ -6,6 +6,7 @@ take their place when all have ended.
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,16 +19,16 @@ from models.rows import Job, Room
 
 
 class InPlaceLayer(DynamicLayer):
-    """A layer's cache with room for all tokens to come: growing writes a column instead of copying the whole."""
+    """The rows `index` of a layer's cache with room for all tokens to come: growing writes a column, copying none."""
 
-    def __init__(self, filled: DynamicLayer, room: int) -> None:
+    def __init__(self, filled: DynamicLayer, index: Tensor, room: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         keys, values = filled.keys, filled.values
         if keys is None or values is None:
             raise ValueError("only a layer that was filled by a prefill can be given room")
         self.is_initialized, self.dtype, self.device = True, keys.dtype, keys.device
         self._length = keys.shape[-2]
-        self._key_buffer, self._value_buffer = _with_room(keys, room), _with_room(values, room)
+        self._key_buffer, self._value_buffer = _with_room(keys, index, room), _with_room(values, index, room)
         self._show()
 
     def update(
@@ -50,10 +51,10 @@ class InPlaceLayer(DynamicLayer):
         return keys, values
 
 
-def _with_room(states: Tensor, room: int) -> Tensor:
-    rows, heads, length, size = states.shape
-    buffer = states.new_empty(rows, heads, length + room, size)
-    buffer[:, :, :length] = states
+def _with_room(states: Tensor, index: Tensor, room: int) -> Tensor:
+    _, heads, length, size = states.shape
+    buffer = states.new_empty(len(index), heads, length + room, size)
+    buffer[:, :, :length] = states[index]
     return buffer
 
 
@@ -74,11 +75,12 @@ class OwnRows:
         read = prefill(self._model, [self._prompts[i] for i in prompts], self._pad_id)
         index = torch.tensor([prompts.index(job.prompt) for job in jobs], device=read.mask.device)
         self._cache, room = read.cache, self._room.tokens
-        self._cache.batch_select_indices(index)
-        # Sliding-window and other special layers keep their own kind of cache.
-        self._cache.layers = [
-            InPlaceLayer(layer, room) if type(layer) is DynamicLayer else layer for layer in self._cache.layers
-        ]
+        layers: list[Any] = self._cache.layers
+        for i, layer in enumerate(layers):  # one at a time: two copies of the whole would be twice the memory
+            if type(layer) is DynamicLayer:
+                layers[i] = InPlaceLayer(layer, index, room)
+            else:  # sliding windows and other special layers keep their own kind of cache
+                layer.batch_select_indices(index)
         mask = read.mask[index]
         self._mask = torch.cat([mask, mask.new_ones(len(jobs), room)], dim=1)
         self._positions, self._columns = mask.sum(-1, keepdim=True), mask.shape[1]

@@ -90,6 +90,7 @@ def draw(
         tokens = (logits if wanted is None else wanted).argmax(-1)
     else:
         if wanted is not None or sampling.temperature != 1:
+            del own  # before others take as much memory
             own, _ = _weights((logits if wanted is None else wanted).float() / sampling.temperature)
         tokens = _invert(_restrict(own, sampling), uniforms)
     return tokens, logits.gather(-1, tokens[:, None])[:, 0].float() - log_total
@@ -138,22 +139,22 @@ def _below(values: Tensor, limit: Tensor) -> Tensor:
 def _restrict(probabilities: Tensor, sampling: Sampling) -> Tensor:
     """Zero outside the k likeliest tokens, outside the smallest set of mass top_p, and below min_p of the likeliest.
 
-    Not renormalised: top_p is a share of what top_k left.
+    In place. Tokens as likely as the k-th are all kept. Not renormalised: top_p is a share of what top_k left.
     """
     if sampling.top_k and sampling.top_k < probabilities.shape[-1]:
-        kept, ids = probabilities.topk(sampling.top_k, dim=-1)
-        probabilities = torch.zeros_like(probabilities).scatter(-1, ids, kept)
+        least = probabilities.topk(sampling.top_k, dim=-1).values[:, -1:]
+        probabilities.masked_fill_(probabilities < least, 0)
     if sampling.top_p < 1:
-        probabilities = _nucleus(probabilities, sampling.top_p)
+        _keep_nucleus(probabilities, sampling.top_p)
     if sampling.min_p > 0:
         least = sampling.min_p * probabilities.amax(-1, keepdim=True)
-        probabilities = probabilities.masked_fill(probabilities < least, 0)
+        probabilities.masked_fill_(probabilities < least, 0)
     return probabilities
 
 
-def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Zero outside the smallest set of the likeliest tokens that holds `top_p` of the mass."""
+def _keep_nucleus(probabilities: Tensor, top_p: float) -> None:
+    """Zero, in place, outside the smallest set of the likeliest tokens that holds `top_p` of the mass."""
     ranked, ids = probabilities.sort(dim=-1, descending=True, stable=True)
-    before = ranked.cumsum(-1) - ranked
-    ranked = ranked.masked_fill(before >= top_p * ranked.sum(-1, keepdim=True), 0)
-    return torch.zeros_like(probabilities).scatter(-1, ids, ranked)
+    least = top_p * ranked.sum(-1, keepdim=True)
+    ranked.masked_fill_(ranked.cumsum(-1).sub_(ranked) >= least, 0)
+    probabilities.scatter_(-1, ids, ranked)

@@ -147,19 +147,19 @@ class VllmEngine:
     @contextlib.contextmanager
     def _awake(self, weights: Weights) -> Iterator[None]:
         """With these weights, in memory until the end."""
-        if self._sleeps:
-            self._llm.wake_up(tags=["weights"])  # the cache stays away until the weights have been gathered
-        config = self._llm.llm_engine.model_config
-        [missing] = self._llm.apply_model(lambda model: _put_weights(model, weights, config))
-        if missing:
-            raise ModelError(f"the policy lacks weights that vLLM has: {', '.join(sorted(missing)[:3])}")
-        if self._sleeps:
-            self._llm.wake_up()
-        if not self._llm.reset_prefix_cache():
-            raise RuntimeError("vLLM keeps the prefix cache of older weights: requests are left in it")
         try:
+            if self._sleeps:
+                self._llm.wake_up(tags=["weights"])  # the cache stays away until the weights have been gathered
+            config = self._llm.llm_engine.model_config
+            [missing] = self._llm.apply_model(lambda model: _put_weights(model, weights, config))
+            if missing:
+                raise ModelError(f"the policy lacks weights that vLLM has: {', '.join(sorted(missing)[:3])}")
+            if self._sleeps:
+                self._llm.wake_up()
+            if not self._llm.reset_prefix_cache():
+                raise RuntimeError("vLLM keeps the prefix cache of older weights: requests are left in it")
             yield
-        finally:
+        finally:  # also where it is awake in part: what sleeps already is passed over
             self.sleep()
 
     def _pool(self, requests: list[Request]) -> tuple[int, list[Request]]:

@@ -112,6 +112,11 @@ def test_each_bad_value_is_one_line_with_key_value_and_remedy() -> None:
             "leave the first 1",
         ),
         (
+            ["rollouts.temperature=1e-38"],
+            "rollouts.temperature (1e-38) must be 0 or >= 0.01: logits over less are no longer finite; "
+            "0 takes the likeliest token",
+        ),
+        (
             ["rollouts.engine=vllm", "rollouts.temperature=2.5"],
             "rollouts.temperature (2.5) must be 0 or from 0.01 to 2 for rollouts.engine=vllm, which knows no others: "
             "change it, or set rollouts.engine=in_process",

@@ -6,6 +6,8 @@ What it samples where it can is seen in test_vllm.py.
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -14,7 +16,8 @@ from alignment.errors import ConfigError
 from alignment.stages import begin
 from config_effects import vllm_asked
 from flow_runs import SMOKE
-from models.vllm_engine import load_vllm, stream_seed
+from models.sampling import Sampling
+from models.vllm_engine import VllmEngine, load_vllm, stream_seed
 
 
 def test_without_vllm_a_run_ends_as_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,3 +54,27 @@ def test_a_streams_seed_is_its_names_alone() -> None:
     """The first 63 bits of `printf 0/step-1/a/0 | sha256sum`."""
     assert stream_seed("0/step-1/a/0") == 0x6EAF8B6CF94E8D32 >> 1
     assert len({stream_seed(f"0/step-1/a/{k}") for k in range(1000)}) == 1000
+
+
+def test_an_engine_that_cannot_load_the_weights_goes_back_to_sleep() -> None:
+    class Half:
+        """Stands in for vLLM's LLM: wakes up, then cannot take the weights."""
+
+        def __init__(self) -> None:
+            self.calls: list[str] = []
+            self.llm_engine = SimpleNamespace(model_config=None)
+
+        def wake_up(self, tags: list[str]) -> None:
+            self.calls.append("wake_up")
+
+        def apply_model(self, _: Any) -> None:
+            raise RuntimeError("no room")
+
+        def sleep(self, level: int) -> None:
+            self.calls.append("sleep")
+
+    llm = Half()
+    engine = VllmEngine(llm, sleeps=True, tensor_parallel=1)
+    with pytest.raises(RuntimeError, match="no room"):
+        next(engine.responses([], [[1]], [["s"]], Sampling(3), [2]))
+    assert llm.calls == ["wake_up", "sleep"]

@@ -1,13 +1,15 @@
 """Rollouts of prompts: whole prompts at a time, memory that does not suffice, stop strings in a text."""
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from alignment.embedded import policy_folder
-from alignment.errors import ConfigError
-from alignment.rollouts import generate
+from alignment.errors import ConfigError, DataError
+from alignment.rollouts import Lowered, generate
 from alignment.types import Prompt, Rollout
 from models.policy import Policy, load_policy
 from models.sampling import Sampling
@@ -55,6 +57,7 @@ class NoMemory:
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     MemoryError(),
 ]
 
@@ -79,6 +82,43 @@ def test_out_of_memory_is_answered_by_fewer_rows_and_the_same_rollouts(policy: P
     assert notes[0].startswith("out of memory while generating: 5 prompts begin anew with ")
     assert notes[0].endswith("; set rollouts.batch_tokens to that")
     assert {k: r.response_ids for k, r in got.items()} == {k: r.response_ids for k, r in expected.items()}
+
+
+def test_memory_that_did_not_suffice_is_remembered_by_the_next_call(policy: Policy) -> None:
+    expected, lowered, notes = by_key(lists(policy, Sampling(10), batch_tokens=1000)), Lowered(), []
+    with NoMemory(policy.model, 4, ERRORS[0]) as machine:
+        lists(policy, Sampling(10), batch_tokens=1000, on_note=notes.append, lowered=lowered)
+        assert f" with {lowered.tokens} tokens " in notes[-1]
+        failed = machine.failed
+        got = by_key(lists(policy, Sampling(10), batch_tokens=1000, on_note=notes.append, lowered=lowered))
+    assert machine.failed == failed == len(notes) > 0
+    assert {k: r.response_ids for k, r in got.items()} == {k: r.response_ids for k, r in expected.items()}
+    lists(policy, Sampling(20), batch_tokens=1000, lowered=Lowered(5))  # a longer response than was found to fit: tried
+    with pytest.raises(ConfigError, match=r"rollouts\.batch_tokens \(5\) must be >= "):
+        lists(policy, Sampling(20), batch_tokens=5, lowered=Lowered(3))
+
+
+def test_a_stop_string_that_is_a_special_token_ends_a_response_as_an_ending_token(policy: Policy) -> None:
+    free = by_key(lists(policy, Sampling(10), batch_tokens=1000))
+    token = next(r.response_ids[2] for r in free.values() if r.num_tokens > 3)
+    tokenizer = copy.deepcopy(policy.reader.tokenizer)
+    name = tokenizer.convert_ids_to_tokens(token)
+    tokenizer.add_special_tokens({"additional_special_tokens": [name]})
+    marked = replace(policy, reader=replace(policy.reader, tokenizer=tokenizer))
+    stopped = by_key(lists(marked, Sampling(10, stop=(name,)), batch_tokens=1000))
+    for key, r in stopped.items():
+        whole = free[key].response_ids
+        length = whole.index(token) + 1 if token in whole else len(whole)
+        assert r.response_ids == whole[:length] and name not in r.response
+        assert r.finish_reason == ("stop" if token in whole else free[key].finish_reason)
+    with pytest.raises(ConfigError, match=r"rollouts\.stop .*Name the token by itself"):
+        lists(marked, Sampling(10, stop=(name + "\n",)), batch_tokens=1000)
+
+
+def test_a_prompt_without_tokens_is_named(policy: Policy) -> None:
+    empty = [Prompt("seven", ({"role": "user", "content": ""},))]
+    with pytest.raises(DataError, match="prompt seven has no tokens"):
+        next(generate(policy, empty, samples_per_prompt=1, sampling=Sampling(3), batch_tokens=99, stream="test"))
 
 
 def test_a_machine_that_holds_no_response_is_an_error_that_says_what_to_lower(policy: Policy) -> None:

@@ -104,6 +104,13 @@ def test_restrictions_by_hand():
     torch.testing.assert_close(shares(logits, Sampling(1, top_k=1)), torch.tensor([1.0, 0, 0, 0]))
 
 
+def test_tokens_as_likely_as_the_last_of_top_k_are_kept_as_generate_keeps_them():
+    logits = torch.tensor([[4.0, 2.0, 2.0, 1.0]]).log()
+    expected = theirs(logits, [0], 0, Sampling(1, top_k=2))
+    torch.testing.assert_close(expected, torch.tensor([0.5, 0.25, 0.25, 0]))
+    torch.testing.assert_close(shares(logits, Sampling(1, top_k=2)), expected, atol=1e-4, rtol=0)
+
+
 def test_temperature_zero_takes_the_likeliest_whatever_the_number():
     logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, -1.0, 0.0]])
     for number in (0.0, 0.99):
