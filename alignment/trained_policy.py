@@ -18,11 +18,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from alignment.atomic_files import disk_errors
 from alignment.config import Config
 from alignment.embedded import policy_folder
-from alignment.engine import keep_layer_inputs_only
+from alignment.engine import build_engine, keep_layer_inputs_only
 from alignment.preparation import cache_folder
 from alignment.types import Checkpoint
-from models.adapters import add_lora, load_trainable, trainable_tensors
+from models.adapters import add_lora, copy_weights, load_trainable, trainable_tensors
+from models.packing import packing_leak
 from models.policy import Policy, load_policy
+from models.sequence_loss import SequenceLoss
 
 ADAPTERS = Path("adapters") / "trained.safetensors"
 
@@ -39,6 +41,26 @@ def check_recomputing(config: Config) -> None:
         architecture = AutoConfig.from_pretrained(policy_folder(config.policy.model, cache_folder(config)))
         with torch.device("meta"):  # without weights
             keep_layer_inputs_only(AutoModelForCausalLM.from_config(architecture), config.training.key)
+
+
+def policy_engine(
+    config: Config, policy: Policy, base_source: Path | str, checkpoint: Checkpoint | None, world_size: int
+) -> Any:
+    """The engine that trains `policy`, or what it follows, from `checkpoint` or the base. Raises CheckpointError."""
+    training = config.training
+    trained = trained_model(config, policy, base_source, checkpoint)
+    # Adapters need no other base than the model that they were added to.
+    has_base = training.kl_penalty > 0 and not training.lora_rank
+    base = load(config, base_source).model if has_base else None
+    packed = packing_leak(policy.model) == 0
+    loss = SequenceLoss(trained, packed=packed, base=base, kl_penalty=training.kl_penalty)
+    return build_engine(loss, training, zero_stage=training.zero_stage, world_size=world_size)
+
+
+def follow(policy: Policy, engine: Any) -> None:
+    """Give `policy` what the engine has trained, where that is another model than its own; all ranks must call it."""
+    if engine.module.policy is not policy.model:
+        copy_weights(engine.module.policy, policy.model)
 
 
 def trained_model(config: Config, policy: Policy, base_source: Path | str, checkpoint: Checkpoint | None) -> Any:

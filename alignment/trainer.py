@@ -12,16 +12,15 @@ from alignment.atomic_files import disk_errors
 from alignment.config import Config
 from alignment.continuation import check_own
 from alignment.embedded import policy_folder
-from alignment.engine import Ranks, any_rank, build_engine, learning_rate, optimizer_tensors, restore_optimizer
+from alignment.engine import Ranks, any_rank, learning_rate, optimizer_tensors, restore_optimizer
 from alignment.mix_in import load_mix_in, mixed
 from alignment.preparation import cache_folder, load_prompt_sets
 from alignment.provenance import describe_base, keep_manifests, provenance
 from alignment.rollout_engine import load_engine
 from alignment.run_folder import RunFolder
-from alignment.trained_policy import load, trained_model, write_adapters
+from alignment.trained_policy import follow, load, policy_engine, write_adapters
 from alignment.types import Checkpoint, Rollout, StepUpdate
 from alignment.update import update as run_update
-from models.adapters import copy_weights
 from models.checkpoints import (
     last_checkpoint,
     prune,
@@ -32,10 +31,8 @@ from models.checkpoints import (
     staging_folder,
     write_optimizer_state,
 )
-from models.packing import packing_leak
 from models.policy import Policy
 from models.quiet import quiet_transformers
-from models.sequence_loss import SequenceLoss
 from models.vllm_engine import VllmEngine
 
 
@@ -106,15 +103,8 @@ def load_trainer(config: Config, run: RunFolder, ranks: Ranks) -> Trainer:
         check_own(config, run, Path(checkpoint.uri))
     base_source = policy_folder(config.policy.model, cache_folder(config))
     source = checkpoint.uri if checkpoint else base_source
-    training = config.training
     policy = load(config, source)
-    trained = trained_model(config, policy, base_source, checkpoint)
-    # Adapters need no other base than the model that they were added to.
-    has_kl_base = training.kl_penalty > 0 and not training.lora_rank
-    kl_base = load(config, base_source).model if has_kl_base else None
-    packed = packing_leak(policy.model) == 0
-    loss = SequenceLoss(trained, packed=packed, base=kl_base, kl_penalty=training.kl_penalty)
-    engine = build_engine(loss, training, zero_stage=training.zero_stage, world_size=ranks.world_size)
+    engine = policy_engine(config, policy, base_source, checkpoint, ranks.world_size)
     lost_moments = _lost_moments(manifest, config, ranks)
     if checkpoint and not lost_moments:
         restore_optimizer(engine, read_optimizer_state(Path(checkpoint.uri), ranks.rank))
@@ -159,9 +149,8 @@ def train_step(trainer: Trainer, selected: Sequence[Rollout], step: int) -> Step
         lr=learning_rate(step, training, total_steps=trainer.total_steps),
         stream=f"{trainer.config.seed}/step-{step}",
     )
-    trained = trainer.engine.module.policy
-    if trained is not trainer.policy.model and result.optimizer_steps:
-        copy_weights(trained, trainer.policy.model)
+    if result.optimizer_steps:
+        follow(trainer.policy, trainer.engine)
     return result
 
 

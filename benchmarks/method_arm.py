@@ -20,7 +20,7 @@ import torch
 from alignment.atomic_files import write_json
 from alignment.config import Config, parse_config
 from alignment.embedded import policy_folder
-from alignment.engine import build_engine, learning_rate, start_ranks
+from alignment.engine import learning_rate, start_ranks
 from alignment.ensemble import Ensemble
 from alignment.ensemble_stage import find_others
 from alignment.evaluation import kl_to_base, sample_and_score
@@ -29,8 +29,9 @@ from alignment.preferences import conversation
 from alignment.preparation import PromptSets, cache_folder, load_prompt_sets
 from alignment.rollouts import generate, in_prompt_order
 from alignment.rs_step import decide, step_prompts, training_sampling
+from alignment.trained_policy import follow, policy_engine
 from alignment.types import Rollout
-from alignment.update import ResponseLoss, update
+from alignment.update import update
 from alignment.worker import emit
 from models.judge import Judge, load_judge
 from models.policy import Policy, load_policy
@@ -130,9 +131,7 @@ def rejection_sampling(world: World) -> Iterator[dict[str, Any]]:
     config, begun = world.config, time.monotonic()
     ranks = start_ranks(threads=config.resources.threads, gpu=config.resources.gpu > 0)
     policy, training, steps = world.policy(), config.training, world.steps
-    base = world.base.model if training.kl_penalty else None
-    loss = ResponseLoss(policy.model, base, training.kl_penalty)
-    engine = build_engine(loss, training, zero_stage=training.zero_stage, world_size=1)
+    engine = policy_engine(config, policy, policy_folder(config.policy.model, cache_folder(config)), None, 1)
     for step in range(1, steps + 1):
         engine.eval()
         prompts = step_prompts(config, world.prompts.train, step)
@@ -154,9 +153,9 @@ def rejection_sampling(world: World) -> Iterator[dict[str, Any]]:
             training,
             ranks,
             lr=learning_rate(step, training, total_steps=steps),
-            pad_id=policy.eos_ids[0],
             stream=f"{config.seed}/step-{step}",
         )
+        follow(policy, engine)
         emit({"kind": "phase", "step": step, "reward": sum(r.reward for r in scored) / len(scored)})
         if step * EVALUATIONS // steps > (step - 1) * EVALUATIONS // steps:
             yield {"step": step, "seconds": time.monotonic() - begun, **world.measured(policy, "aligned")}
