@@ -37,7 +37,7 @@ def iterate(config: Config, run: RunFolder, reward: RewardModelRef, judge: Judge
 
         def on_event(event: dict[str, Any]) -> None:
             progress.update(event)
-            if event["kind"] == "phase":
+            if event["kind"] == "ready":
                 work_begins()
             if event["kind"] == "step":
                 wandb_run.log_step(event)

@@ -131,7 +131,7 @@ def run_iteration(session: "Session", until: int) -> None:
 
 
 def _go_on(session: "Session") -> None:
-    """Forget what was recorded after the checkpoint, and say where the run goes on."""
+    """Forget what was recorded after the checkpoint, say where the run goes on and that its work begins."""
     from alignment.provenance import forget_manifests
     from models.checkpoints import sweep
 
@@ -144,6 +144,7 @@ def _go_on(session: "Session") -> None:
         session.emit({"kind": "note", "text": f"continuing after RS step {trainer.start}"})
     if trainer.lost_moments:
         session.emit({"kind": "note", "text": trainer.lost_moments})
+    session.emit({"kind": "ready"})
 
 
 def emit(event: Mapping[str, Any]) -> None:
