@@ -100,7 +100,7 @@ def overhead(run: RunFolder, *, steps: int, steps_per_iteration: int) -> Result:
 def main() -> int:
     """Measure, record, print; 1 where it could not be measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="folder of a finished run of this version; null makes one")
+    parser.add_argument("--run", type=Path, help="folder of a finished run of this version; without it one is made")
     parser.add_argument("--steps", type=int, default=STEPS, help="RS steps of the long run")
     parser.add_argument("--steps-per-iteration", type=int, default=STEPS_PER_ITERATION)
     options = parser.parse_args()
