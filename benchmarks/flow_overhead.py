@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment.errors import AlignmentError, DataError
+from alignment.errors import DataError
 from alignment.run_folder import RunFolder
-from benchmarks.results import Result, record, result, table
+from benchmarks.results import Result, record, result, shown
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python -m benchmarks.flow_overhead"
@@ -104,16 +104,16 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=STEPS, help="RS steps of the long run")
     parser.add_argument("--steps-per-iteration", type=int, default=STEPS_PER_ITERATION)
     options = parser.parse_args()
-    try:
-        with tempfile.TemporaryDirectory(prefix="flow-overhead-") as scratch:
-            run = options.run or _run(Path(scratch))
-            made = overhead(RunFolder(run), steps=options.steps, steps_per_iteration=options.steps_per_iteration)
-    except AlignmentError as error:
-        print(error, file=sys.stderr)
-        return 1
-    record([made])
-    print(table([made]))
-    return 0
+    return shown(lambda: measured(options))
+
+
+def measured(options: argparse.Namespace) -> list[Result]:
+    """The result, recorded. Raises DataError."""
+    with tempfile.TemporaryDirectory(prefix="flow-overhead-") as scratch:
+        run = RunFolder(options.run or _run(Path(scratch)))
+        made = [overhead(run, steps=options.steps, steps_per_iteration=options.steps_per_iteration)]
+    record(made)
+    return made
 
 
 def _run(root: Path) -> Path:

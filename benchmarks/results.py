@@ -8,13 +8,14 @@ A run of a benchmark replaces its own entries in that file and keeps the others.
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from alignment.atomic_files import write_json
 from alignment.errors import AlignmentError, DataError
+from alignment.progress import ProgressLines
 
 LATEST = Path(__file__).resolve().parent / "results" / "latest.json"
 
@@ -76,6 +77,26 @@ def table(results: Sequence[Result]) -> str:
         lines.append(f"{one.name:{width}}  {one.ratio:6.3f}  {spread:>16}  {one.target:6.2f}  {reached}")
         lines.append(f"{'':{width}}  against {one.against}")
     return "\n".join(lines)
+
+
+def shown(make: Callable[[], Sequence[Result]]) -> int:
+    """What a benchmark's command ends with: its results as a table; 1 and the reason where they could not be made.
+
+    0 whatever the ratios are.
+    """
+    try:
+        results = make()
+    except AlignmentError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(table(results))
+    return 0
+
+
+def noted() -> Callable[[str], None]:
+    """A line of progress at a time, on standard error."""
+    lines = ProgressLines(total_steps=1)
+    return lambda text: lines.update({"kind": "note", "text": text})
 
 
 def _parsed(entry: Any) -> Result:

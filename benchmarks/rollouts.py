@@ -19,9 +19,7 @@ import torch
 
 from alignment.config_sections import ResourcesSection, RolloutsSection
 from alignment.embedded import policy_folder
-from alignment.errors import AlignmentError
-from alignment.progress import ProgressLines
-from benchmarks.results import Result, record, result, speedups, table
+from benchmarks.results import Result, noted, record, result, shown, speedups
 from benchmarks.rollout_limit import limit_seconds
 from benchmarks.rounds import Note, Way, interleaved
 from models.decoding import respond
@@ -122,15 +120,8 @@ COMPARISONS: dict[str, Callable[[Bench], list[Result]]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Run the comparisons, record and print them. 0 whatever the ratios are; 1 where one could not be made."""
     options = _parser().parse_args(arguments)
-    lines = ProgressLines(total_steps=1)
-    try:
-        with tempfile.TemporaryDirectory(prefix="rollouts-bench-") as scratch:
-            results = run(options, Path(scratch), lambda text: lines.update({"kind": "note", "text": text}))
-    except AlignmentError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(table(results))
-    return 0
+    with tempfile.TemporaryDirectory(prefix="rollouts-bench-") as scratch:
+        return shown(lambda: run(options, Path(scratch), noted()))
 
 
 def run(options: argparse.Namespace, scratch: Path, note: Note) -> list[Result]:

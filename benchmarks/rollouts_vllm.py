@@ -23,9 +23,8 @@ import torch
 
 from alignment.config_sections import ResourcesSection
 from alignment.embedded import policy_folder
-from alignment.errors import AlignmentError, ConfigError, WorkerError
-from alignment.progress import ProgressLines
-from benchmarks.results import Result, record, result, speedups, table
+from alignment.errors import ConfigError, WorkerError
+from benchmarks.results import Result, noted, record, result, shown, speedups
 from benchmarks.rollouts import LONGEST, NEW_TOKENS, SAMPLES, Bench, workload
 from benchmarks.rounds import Note, interleaved
 from models.memory import keep_freed_memory
@@ -112,21 +111,15 @@ def main(arguments: list[str] | None = None) -> int:
     if options.vllm_python is None:
         print(f"{NAME}: skipped, since no --vllm-python names the python of an environment with vLLM")
         return 0
-    note = _progress()
-    try:
-        with tempfile.TemporaryDirectory(prefix="rollouts-bench-") as scratch:
-            found = compare(options, Path(scratch), note)
-    except AlignmentError as error:
-        print(error, file=sys.stderr)
-        return 1
-    record([found])
-    print(table([found]))
-    return 0
+    return shown(lambda: compared(options))
 
 
-def _progress() -> Note:
-    lines = ProgressLines(total_steps=1)
-    return lambda text: lines.update({"kind": "note", "text": text})
+def compared(options: argparse.Namespace) -> list[Result]:
+    """The result, recorded. Raises AlignmentError."""
+    with tempfile.TemporaryDirectory(prefix="rollouts-bench-") as scratch:
+        made = [compare(options, Path(scratch), noted())]
+    record(made)
+    return made
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config import Config, load_config
-from alignment.errors import AlignmentError
-from alignment.progress import ProgressLines
 from alignment.types import Prompt, ScoredRollout
 from benchmarks import reward_setup
-from benchmarks.results import Result, record, result, speedups, table
+from benchmarks.results import Result, noted, record, result, shown, speedups
 from benchmarks.rounds import Note, interleaved
 from benchmarks.update_setup import TRAINING, engine_for, start
 from models.policy import Policy
@@ -116,20 +114,17 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="ratios")
     parser.add_argument("--threads", type=int, default=2, help="torch threads of policy and reward models")
     options = parser.parse_args()
-    lines = ProgressLines(total_steps=1)
+    return shown(lambda: compared(options))
+
+
+def compared(options: argparse.Namespace) -> list[Result]:
+    """The result, recorded. Raises AlignmentError."""
     sets = [f"rollouts.num_rollout_samples={options.prompts}", f"resources.threads={options.threads}"]
-    try:
-        config = load_config(
-            ROOT / "configs" / "imdb_sentiment.yaml",
-            [*sets, *(f"training.{k}={v}" for k, v in TRAINING.items()), "training.kl_penalty=0"],
-        )
-        made = compare(config, options.rounds, lambda text: lines.update({"kind": "note", "text": text}))
-    except AlignmentError as error:
-        print(error, file=sys.stderr)
-        return 1
-    record([made])
-    print(table([made]))
-    return 0
+    sets += [*(f"training.{key}={value}" for key, value in TRAINING.items()), "training.kl_penalty=0"]
+    config = load_config(ROOT / "configs" / "imdb_sentiment.yaml", sets)
+    made = [compare(config, options.rounds, noted())]
+    record(made)
+    return made
 
 
 if __name__ == "__main__":

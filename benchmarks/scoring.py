@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config_sections import ResourcesSection
-from alignment.errors import AlignmentError
-from alignment.progress import ProgressLines
 from alignment.reward_server import RewardServer
 from benchmarks import reward_setup
 from benchmarks.in_process import LocalRewardModel
-from benchmarks.results import Result, record, result, speedups, table
+from benchmarks.results import Result, noted, record, result, shown, speedups
 from benchmarks.rounds import Note, Way, interleaved
 from benchmarks.texts import HH_PAIRS, mixed_conversations
 
@@ -135,15 +133,8 @@ COMPARISONS: dict[str, Callable[[Bench], list[Result]]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Run the comparisons, record and print them. 0 whatever the ratios are; 1 where one could not be made."""
     options = _parser().parse_args(arguments)
-    note = _progress()
-    try:
-        with tempfile.TemporaryDirectory(prefix="scoring-bench-") as scratch:
-            results = run(options, Path(scratch), note)
-    except AlignmentError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(table(results))
-    return 0
+    with tempfile.TemporaryDirectory(prefix="scoring-bench-") as scratch:
+        return shown(lambda: run(options, Path(scratch), noted()))
 
 
 def run(options: argparse.Namespace, scratch: Path, note: Note) -> list[Result]:
@@ -201,11 +192,6 @@ def _lowest(name: str, ratios: Mapping[int, Sequence[float]], *, target: float, 
 def _summary(ratios: Mapping[int, Sequence[float]]) -> str:
     """E.g. `concurrency 16: 0.951, 64: 0.962`, medians."""
     return "concurrency " + ", ".join(f"{n}: {statistics.median(values):.3f}" for n, values in ratios.items())
-
-
-def _progress() -> Note:
-    lines = ProgressLines(total_steps=1)
-    return lambda text: lines.update({"kind": "note", "text": text})
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config_sections import ResourcesSection
-from alignment.errors import AlignmentError
-from alignment.progress import ProgressLines
 from alignment.types import Rollout
-from benchmarks.results import Result, record, result, speedups, table
+from benchmarks.results import Result, noted, record, result, shown, speedups
 from benchmarks.rounds import Note, Way, interleaved
 from benchmarks.texts import HH_PAIRS
 from benchmarks.update_setup import matrix_rate, operations, rollouts, start, uniform_rollouts, updating
@@ -57,24 +55,16 @@ def trl(bench: Bench) -> list[Result]:
     """Ours over TRL's SFTTrainer, which checkpoints gradients and computes the loss in chunks by default."""
     from benchmarks.peers.supervised_trainers import trl_trainer
 
-    ways = {
-        "ours": updating(bench.policy, bench.examples, MICRO_BATCH),
-        "theirs": trl_trainer(bench.policy, bench.examples),
-    }
     against = "TRL's SFTTrainer with its defaults, but in float32: a whole train() of one step, gradient checkpointing"
-    return _compared(bench, "update_vs_trl", ways, bench.examples, target=1.3, against=against)
+    return _ragged(bench, "update_vs_trl", trl_trainer(bench.policy, bench.examples), against)
 
 
 def hf_trainer(bench: Bench) -> list[Result]:
     """Ours over transformers' Trainer."""
     from benchmarks.peers.supervised_trainers import hf_trainer as theirs
 
-    ways = {
-        "ours": updating(bench.policy, bench.examples, MICRO_BATCH),
-        "theirs": theirs(bench.policy, bench.examples),
-    }
     against = "transformers' Trainer with its defaults: a whole train() of one step, padding to a batch's longest"
-    return _compared(bench, "update_vs_hf_trainer", ways, bench.examples, target=1.3, against=against)
+    return _ragged(bench, "update_vs_hf_trainer", theirs(bench.policy, bench.examples), against)
 
 
 COMPARISONS: dict[str, Callable[[Bench], list[Result]]] = {
@@ -82,6 +72,12 @@ COMPARISONS: dict[str, Callable[[Bench], list[Result]]] = {
     "update_vs_hf_trainer": hf_trainer,
     "update_vs_trl": trl,
 }
+
+
+def _ragged(bench: Bench, name: str, theirs: Way, against: str) -> list[Result]:
+    """One comparison on the ragged examples."""
+    ways = {"ours": updating(bench.policy, bench.examples, MICRO_BATCH), "theirs": theirs}
+    return _compared(bench, name, ways, bench.examples, target=1.3, against=against)
 
 
 def _compared(
@@ -104,24 +100,19 @@ def _compared(
 def main(arguments: list[str] | None = None) -> int:
     """Run the comparisons, record and print them. 0 whatever the ratios are; 1 where one could not be made."""
     options = _parser().parse_args(arguments)
-    lines, results = ProgressLines(total_steps=1), []
+    return shown(lambda: run(options, noted()))
 
-    def note(text: str) -> None:
-        lines.update({"kind": "note", "text": text})
 
-    try:
-        policy = start(CACHE, options.threads, note)
-        examples = rollouts(policy, options.examples, options.dialogues)
-        bench = Bench(policy, examples, options.rounds, note)
-        for name in options.only:
-            made = COMPARISONS[name](bench)
-            record(made)
-            results += made
-    except AlignmentError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(table(results))
-    return 0
+def run(options: argparse.Namespace, note: Note) -> list[Result]:
+    """Each comparison that was asked for, recorded as soon as it is made. Raises AlignmentError."""
+    policy = start(CACHE, options.threads, note)
+    examples = rollouts(policy, options.examples, options.dialogues)
+    bench, results = Bench(policy, examples, options.rounds, note), []
+    for name in options.only:
+        made = COMPARISONS[name](bench)
+        record(made)
+        results += made
+    return results
 
 
 def _parser() -> argparse.ArgumentParser:
