@@ -72,6 +72,8 @@ def iterations(metrics: Sequence[Mapping[str, Any]]) -> list[Iteration]:
 
 def overhead(run: RunFolder, *, steps: int, steps_per_iteration: int) -> Result:
     """The result of a finished run. Raises DataError."""
+    if not run.report_json.exists():
+        raise DataError(f"--run ({run.path}): holds no report.json, so it is no finished run: name another, or none")
     metrics, report = run.read_metrics(), json.loads(run.report_json.read_text())
     measured, config = iterations(metrics), json.loads(run.config.read_text())
     tasks = [entry for entry in metrics if entry["kind"] == "task"]

@@ -40,5 +40,10 @@ def test_a_run_is_read_from_its_folder(tmp_path):
     assert made.against.endswith(f"with 2 an iteration, as the preset has it, {1050 / (1050 + 200 + 50 * 17 + 38):.3f}")
 
 
+def test_what_is_no_finished_run_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"--run \(.*\): holds no report.json"):
+        overhead(RunFolder(tmp_path), steps=100, steps_per_iteration=25)
+
+
 def validation(step: int, seconds: float) -> dict[str, object]:
     return {"kind": "validation", "step": step, "seconds": seconds}
