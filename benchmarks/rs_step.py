@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config import Config, load_config
+from alignment.config_sections import ResourcesSection
 from alignment.types import Prompt, ScoredRollout
 from benchmarks import reward_setup
 from benchmarks.results import Result, noted, record, result, shown, speedups
@@ -112,7 +113,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=16, help="prompts of the RS step")
     parser.add_argument("--rounds", type=int, default=3, help="ratios")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads of policy and reward models")
+    parser.add_argument("--threads", type=int, default=ResourcesSection().threads, help="torch threads of both sides")
     options = parser.parse_args()
     return shown(lambda: compared(options))
 
