@@ -1,10 +1,13 @@
 """What an RS step costs beside NeMo-Aligner's way to make one.
 
-    python -m benchmarks.rs_step [--prompts N] [--rounds N] [--threads N]
+    python -m benchmarks.rs_step [--only NAME …] [--prompts N] [--rounds N] [--threads N]
 
-The default task's policy, prompts and reward model, each side's rewards from a real Triton: rollouts, their rewards,
-selection and the update on what was kept. Selection and update are the same code on both sides, at a rate too small to
-move a weight; how rollouts are generated and scored is each side's own.
+The default task's policy and reward model, each side's rewards from a real Triton: rollouts, their rewards, selection
+and the update on what was kept. Selection and update are the same code on both sides, at a rate too small to move a
+weight; how rollouts are generated and scored is each side's own. Two workloads:
+
+    rs_step_vs_nemo_aligner        beginnings of reviews, 40 to 200 tokens, × 8 samples × 64 tokens
+    rs_step_of_the_default_task    its own prompts of some ten words × 8 samples × 24 tokens
 """
 
 import argparse
@@ -26,6 +29,9 @@ from models.policy import Policy
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python -m benchmarks.rs_step"
+LONG, SHORT = "rs_step_vs_nemo_aligner", "rs_step_of_the_default_task"
+LONG_SETS = ("rollouts.max_new_tokens=64", "prompts.max_prompt_tokens=200", "reward.max_tokens=288")
+"""A review's tokens are a few more to the reward model than to the policy."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Step:
         return []
 
 
-def compare(config: Config, rounds: int, note: Note) -> Result:
+def compare(name: str, config: Config, rounds: int, note: Note) -> Result:
     """Seconds of NeMo-Aligner's way over ours, for the same prompts, samples and updates."""
     from alignment.reviews import review_prompts
     from benchmarks.peers.constant_padding import ConstantPaddingClient, served_with_padding
@@ -60,7 +66,8 @@ def compare(config: Config, rounds: int, note: Note) -> Result:
     folder = start(Path("runs") / "cache", threads, note)
     local = reward_setup.default_reward_model(config.reward.max_tokens, threads)
     policy = load_policy(folder, prompt_format="text")
-    prompts = review_prompts("imdb:prompts")[: config.rollouts.num_rollout_samples]
+    count = config.rollouts.num_rollout_samples
+    prompts = beginnings(policy, count) if name == LONG else review_prompts("imdb:prompts")[:count]
     step = Step(config, policy, prompts, engine_for(policy.model, config.training))
     with tempfile.TemporaryDirectory(prefix="rs-step-") as scratch:
         weights = reward_setup.export(local, Path(scratch) / "repository")
@@ -75,7 +82,7 @@ def compare(config: Config, rounds: int, note: Note) -> Result:
                 "ours": lambda: step.train(_scored(step, client)),
                 "theirs": lambda: step.train(scored_rollouts(policy, prompts, config, padded, local.rows)),
             }
-            seconds = interleaved(ways, rounds, note, title="rs_step_vs_nemo_aligner")
+            seconds = interleaved(ways, rounds, note, title=name)
             padded.close()
     rule = config.rollouts
     against = (
@@ -84,7 +91,20 @@ def compare(config: Config, rounds: int, note: Note) -> Result:
         f"{rule.max_new_tokens} tokens)"
     )
     ratios = speedups(seconds["theirs"], seconds["ours"])
-    return result("rs_step_vs_nemo_aligner", ratios, target=3, against=against, command=COMMAND)
+    return result(name, ratios, target=3, against=against, command=COMMAND)
+
+
+def beginnings(policy: Policy, count: int) -> list[Prompt]:
+    """Beginnings of as many reviews, their lengths in the policy's tokens spread evenly."""
+    from benchmarks.rollouts import LONGEST, SHORTEST
+    from benchmarks.texts import whole_reviews
+
+    made = []
+    for i, review in enumerate(whole_reviews(count, min_words=LONGEST)):
+        length = SHORTEST + i * (LONGEST - SHORTEST) // max(1, count - 1)
+        ids = policy.reader.encode(review[0]["content"])[:length]
+        made.append(Prompt(f"review-{i}", ({"role": "user", "content": policy.reader.decode([], ids)},)))
+    return made
 
 
 def _scored(step: Step, client: Any) -> list[ScoredRollout]:
@@ -109,8 +129,9 @@ def _scored(step: Step, client: Any) -> list[ScoredRollout]:
 
 
 def main() -> int:
-    """Measure, record, print. 0 whatever the ratio is; 1 where it could not be measured."""
+    """Measure, record, print. 0 whatever the ratios are; 1 where one could not be measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=[LONG, SHORT], default=[LONG, SHORT])
     parser.add_argument("--prompts", type=int, default=16, help="prompts of the RS step")
     parser.add_argument("--rounds", type=int, default=3, help="ratios")
     parser.add_argument("--threads", type=int, default=ResourcesSection().threads, help="torch threads of both sides")
@@ -119,13 +140,16 @@ def main() -> int:
 
 
 def compared(options: argparse.Namespace) -> list[Result]:
-    """The result, recorded. Raises AlignmentError."""
+    """The results, each recorded as soon as it is made. Raises AlignmentError."""
     sets = [f"rollouts.num_rollout_samples={options.prompts}", f"resources.threads={options.threads}"]
     sets += [*(f"training.{key}={value}" for key, value in TRAINING.items()), "training.kl_penalty=0"]
-    config = load_config(ROOT / "configs" / "imdb_sentiment.yaml", sets)
-    made = [compare(config, options.rounds, noted())]
-    record(made)
-    return made
+    results = []
+    for name in options.only:
+        config = load_config(ROOT / "configs" / "imdb_sentiment.yaml", [*sets, *(LONG_SETS if name == LONG else ())])
+        made = [compare(name, config, options.rounds, noted())]
+        record(made)
+        results += made
+    return results
 
 
 if __name__ == "__main__":

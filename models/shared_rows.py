@@ -23,12 +23,12 @@ from models.batching import TokenIds
 from models.prefill import attention, prefill, states
 from models.rows import Job, Room
 
-PREFILL_TOKENS = 512
-"""Prompt tokens, padding included, that are read at once: enough for the full rate of a CPU, and few enough that
-prompts of like length are together."""
+PREFILL_TOKENS = {"cpu": 512, "cuda": 16_384}
+"""Prompt tokens, padding included, that are read at once: enough for the device's full rate, and on a CPU few enough
+that prompts of like length are together."""
 
-SLOT_GROUPS = 4
-"""Matrix products that the prompts' keys are divided among, by length."""
+SLOT_GROUPS = {"cpu": 4, "cuda": 1}
+"""Matrix products that the prompts' keys are divided among, by length: less padding, and on a GPU more launches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class SharedRows:
             return False
         coming = list(dict.fromkeys(job.prompt for job in waiting))
         longest = len(self._prompts[coming[0]])
-        count = max(1, min(len(free), -(-free_rows // self._samples), PREFILL_TOKENS // longest))
+        count = max(1, min(len(free), -(-free_rows // self._samples), PREFILL_TOKENS[self._device.type] // longest))
         read = prefill(self._model, [self._prompts[i] for i in coming[:count]], self._pad_id)
         slots = torch.tensor(free[: len(coming[:count])], device=self._device)
         for (all_keys, all_values), (keys, values) in zip(self._shared, states(read.cache), strict=True):
@@ -182,12 +182,12 @@ class SharedRows:
     ) -> tuple[Tensor, None]:
         """Attention of one new token a row. Shape: query (B, H·G, 1, D), key and value (B, H, T, D)."""
         rows, heads, size = len(query), key.shape[1], query.shape[3]
-        grouped = query.reshape(rows, heads, -1, size).float() * (size**-0.5 if scaling is None else scaling)
-        own, own_mass = _softmax_attention(grouped, key, value, self._own_bias)
+        grouped, scale = query.reshape(rows, heads, -1, size), size**-0.5 if scaling is None else scaling
+        own, own_mass = _softmax_attention(grouped, key, value, self._own_bias, scale)
         seated, (keys, values) = self._seated(grouped), self._shared[module.layer_idx]
         parts = [
             _softmax_attention(
-                seated[slots], keys[slots, :, :width], values[slots, :, :width], self._bias[slots, ..., :width]
+                seated[slots], keys[slots, :, :width], values[slots, :, :width], self._bias[slots, ..., :width], scale
             )
             for slots, width in self._groups
         ]
@@ -200,7 +200,7 @@ class SharedRows:
         widths = [0] * self._used
         for prompt, slot in self._slot_of.items():
             widths[slot] = self._width_of[prompt]
-        size = -(-self._used // SLOT_GROUPS)
+        size = -(-self._used // SLOT_GROUPS[self._device.type])
         return [
             (slice(start, min(start + size, self._used)), max(1, *widths[start : start + size]))
             for start in range(0, self._used, size)
@@ -220,18 +220,31 @@ class SharedRows:
         return places if self._seats is None else places[self._seats]
 
 
-def _softmax_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention, and the logarithm of its softmax's sum, both in float32: (…, queries, D) and (…, queries, 1).
+def _softmax_attention(
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention, and the logarithm of its softmax's sum, both in float32: (P, H, queries, D) and (P, H, queries, 1).
 
-    In float32 throughout, as `sdpa` has its sums: of half precision scores, a softmax is off by a per cent.
+    Scores and sums are float32, as `sdpa` has them: of half precision scores, a softmax is off by a per cent.
     """
-    scores = torch.matmul(query.float(), keys.float().transpose(-1, -2))
+    scores = _product(query, keys.transpose(-1, -2)).mul_(scale)
     if bias is not None:
         scores += bias
     largest = scores.amax(-1, keepdim=True)
     total = scores.sub_(largest).exp_().sum(-1, keepdim=True)
-    found = torch.matmul(scores, values.float())
+    found = _product(scores, values)
     return found.div_(total), largest + total.log()
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in float32, which a GPU makes of half precision without a copy.
+
+    Shape: (P, H, m, k), (P, H, k, n).
+    """
+    if right.dtype == torch.float32 or right.device.type == "cpu":
+        return torch.matmul(left.float(), right.float())
+    product = torch.bmm(left.flatten(0, 1).to(right.dtype), right.flatten(0, 1), out_dtype=torch.float32)
+    return product.unflatten(0, left.shape[:2])
 
 
 def _slots(like: Tensor, room: Room) -> Tensor:
