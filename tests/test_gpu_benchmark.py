@@ -34,6 +34,7 @@ def test_every_measurement_is_written_and_a_failure_is_told(tmp_path: Path, monk
     assert rollouts["rollouts_vs_generate"]["ratio"] > 0 and rollouts["seconds"].keys() == {"ours", "generate"}
     assert updates["update_vs_plain_torch"].keys() == {"float32 under autocast", "bfloat16 without masters"}
     assert updates["memory_mb"]["ours"] == {"held": None, "peak": None}  # nobody counts a CPU's
+    assert found["measurements"]["state_moves"]["moved_mb"] > 0
     assert gpu.main(["--tiny", "--rounds", "1", "--only", "rollouts_kernels", "--out", str(tmp_path / "b.json")]) == 0
 
 
