@@ -14,6 +14,7 @@ from torch import Tensor
 
 from alignment.config_training import TrainingSection
 from alignment.engine import optimizer_tensors
+from models.memory import release_memory
 
 
 class HostedOptimizer:
@@ -43,6 +44,7 @@ class HostedOptimizer:
                 self._copies[name] = torch.empty(len(whole), dtype=torch.uint8, pin_memory=whole.is_cuda)
             self._copies[name].copy_(whole)
             storage.resize_(0)
+        release_memory()  # to the card itself: vLLM allocates without torch's cache
         return sum(len(self._copies[name]) for name in self._away)
 
     def bring_back(self) -> None:
