@@ -4,7 +4,8 @@
 
 16 prompts of 40 to 200 tokens × 8 samples × 64 new tokens, SmolLM2-135M in float32, its own distribution. The tokens of
 the prompts are random, and the ending token is one that is never drawn, so that every way draws the same number of
-tokens. Results go to benchmarks/results/latest.json, growth in time and memory to rollouts_*.svg there.
+tokens. Results go to benchmarks/results/latest.json, growth in time and memory with samples and length to
+rollouts_*.svg there, with ranks (of updates too) to ranks_*.svg.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from models.policy import load_policy
 from models.sampling import Sampling
 
 COMMAND = "python -m benchmarks.rollouts"
-PLOT = "plot"
+PLOTS = ("plot", "plot_ranks")
 PROMPTS, SAMPLES, NEW_TOKENS = 16, 8, 64
 SHORTEST, LONGEST = 40, 200
 ROWS = 32
@@ -138,14 +139,18 @@ def run(options: argparse.Namespace, scratch: Path, note: Note) -> list[Result]:
     bench = Bench(load_policy(source, prompt_format="text").model, *workload(), options.rounds, note)
     results = []
     for name in options.only:
-        if name != PLOT:
+        if name not in PLOTS:
             made = COMPARISONS[name](bench)
             record(made)
             results += made
-    if PLOT in options.only:
+    if "plot" in options.only:
         from benchmarks.rollouts_plot import draw
 
         draw(options.threads, Path(source), note)
+    if "plot_ranks" in options.only:
+        from benchmarks.ranks_plot import draw as draw_ranks
+
+        draw_ranks(Path(source), note)
     return results
 
 
@@ -169,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="ratios per comparison")
     parser.add_argument("--threads", type=int, default=ResourcesSection().threads, help="torch threads of each way")
-    parser.add_argument("--only", nargs="+", choices=[*COMPARISONS, PLOT], default=[*COMPARISONS, PLOT])
+    parser.add_argument("--only", nargs="+", choices=[*COMPARISONS, *PLOTS], default=[*COMPARISONS, *PLOTS])
     return parser
 
 
