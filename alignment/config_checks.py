@@ -46,6 +46,7 @@ def check_config(config: "Config") -> None:
         )
     for section in (config.training, config.reward_training, config.sft):
         _check_training(config, section)
+    _check_offloading(config)
     config.training.check_schedule(config.loop.max_steps)
     if config.sft.max_steps is not None:
         config.sft.check_schedule(config.sft.max_steps)
@@ -71,6 +72,20 @@ def _check_training(config: "Config", section: TrainingSection | RewardTrainingS
             f"{name}.offload_optimizer needs GPUs, whose memory it spares, and DeepSpeed's ZeRO: set "
             f"resources.gpu >= 1 (now {config.resources.gpu}) and {name}.zero_stage >= 1 "
             f"(now {section.zero_stage})"
+        )
+
+
+def _check_offloading(config: "Config") -> None:
+    own = config.training
+    if own.offload_during_rollouts and not config.resources.gpu:
+        raise ValueError(
+            "training.offload_during_rollouts spares a GPU's memory, and on a CPU the state would move from one place "
+            "of the host to another: set resources.gpu >= 1 (now 0), or leave it false"
+        )
+    if own.offload_during_rollouts and own.offload_optimizer:
+        raise ValueError(
+            "training.offload_during_rollouts has nothing to move where training.offload_optimizer keeps AdamW's state "
+            "on the host all the time: unset one of them"
         )
 
 

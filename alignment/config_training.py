@@ -71,6 +71,8 @@ class TrainingSection(OptimizerSection):
     """LoRA's scale: adapters are multiplied by alpha / rank."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage; 3 shards the weights over the workers, each of which samples from a whole copy."""
+    offload_during_rollouts: bool = False
+    """Keep AdamW's state in host memory except for updates, on GPUs: up to 12 bytes a weight more for rollouts."""
 
 
 class RewardTrainingSection(OptimizerSection):

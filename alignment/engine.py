@@ -237,7 +237,7 @@ def restore_optimizer(engine: Any, tensors: Mapping[str, Tensor]) -> None:
         if name == "master":
             parameter.data.copy_(tensor)
         else:
-            state[parameter][name] = tensor.to(parameter.device)
+            state[parameter][name] = tensor.to(parameter.device, copy=True)  # not a view of the checkpoint's file
 
 
 def _parameters(engine: Any) -> list[Tensor]:

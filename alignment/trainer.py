@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from alignment.config import Config
 from alignment.continuation import check_own
 from alignment.embedded import policy_folder
 from alignment.engine import Ranks, any_rank, learning_rate, optimizer_tensors, restore_optimizer
+from alignment.hosted_optimizer import HostedOptimizer, hosted_optimizer
 from alignment.mix_in import load_mix_in, mixed
 from alignment.preparation import cache_folder, load_prompt_sets
 from alignment.provenance import describe_base, keep_manifests, provenance
@@ -47,7 +49,8 @@ class Trainer:
     validated after them, `total_steps` the RS steps of the whole run. `lost_moments` says why AdamW's moments
     start anew although the weights go on; "" where they go on too. `demonstrations` are those of the SFT mix-in.
     `base` describes the policy before step 1, where the trainer starts there. `sampler` is vLLM where it samples the
-    rollouts; without, the policy's own model does.
+    rollouts; without, the policy's own model does. `hosted` moves the optimizer's state out of their way, where the
+    config asks for it.
     """
 
     config: Config
@@ -62,6 +65,7 @@ class Trainer:
     demonstrations: Sequence[Rollout]
     base: Mapping[str, Any]
     sampler: VllmEngine | None
+    hosted: HostedOptimizer | None
 
     @property
     def is_writer(self) -> bool:
@@ -83,6 +87,10 @@ class Trainer:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return any_rank(flag, self.ranks, self.engine.device)
+
+    def optimizer_at_hand(self) -> AbstractContextManager[None]:
+        """A context in which the optimizer's state is where the engine steps: outside it may be on the host."""
+        return nullcontext() if self.hosted is None else self.hosted.at_hand()
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -109,6 +117,9 @@ def load_trainer(config: Config, run: RunFolder, ranks: Ranks) -> Trainer:
     if checkpoint and not lost_moments:
         restore_optimizer(engine, read_optimizer_state(Path(checkpoint.uri), ranks.rank))
     engine.eval()
+    hosted = hosted_optimizer(engine, config.training)
+    if hosted:
+        hosted.put_away()
     return Trainer(
         config=config,
         run=run,
@@ -122,6 +133,7 @@ def load_trainer(config: Config, run: RunFolder, ranks: Ranks) -> Trainer:
         demonstrations=load_mix_in(config, run.path),
         base={} if checkpoint else describe_base(config.policy.model, source, policy.model.config),
         sampler=load_engine(config, source),
+        hosted=hosted,
     )
 
 
@@ -141,14 +153,15 @@ def _lost_moments(manifest: Mapping[str, Any], config: Config, ranks: Ranks) -> 
 def train_step(trainer: Trainer, selected: Sequence[Rollout], step: int) -> StepUpdate:
     """The update of RS step `step` (from 1) on the selected rollouts, the same list on every rank, and the mix-in."""
     training = trainer.config.training
-    result = run_update(
-        trainer.engine,
-        mixed(selected, trainer.demonstrations, trainer.config, step),
-        training,
-        trainer.ranks,
-        lr=learning_rate(step, training, total_steps=trainer.total_steps),
-        stream=f"{trainer.config.seed}/step-{step}",
-    )
+    with trainer.optimizer_at_hand():
+        result = run_update(
+            trainer.engine,
+            mixed(selected, trainer.demonstrations, trainer.config, step),
+            training,
+            trainer.ranks,
+            lr=learning_rate(step, training, total_steps=trainer.total_steps),
+            stream=f"{trainer.config.seed}/step-{step}",
+        )
     if result.optimizer_steps:
         follow(trainer.policy, trainer.engine)
     return result
@@ -165,7 +178,8 @@ def save_checkpoint(trainer: Trainer, step: int, *, update: StepUpdate | None = 
         if trainer.is_writer:
             _write_policy(trainer.policy, staging)
         trainer.barrier()
-        write_optimizer_state(staging, trainer.ranks.rank, optimizer_tensors(trainer.engine))
+        with trainer.optimizer_at_hand():
+            write_optimizer_state(staging, trainer.ranks.rank, optimizer_tensors(trainer.engine))
         if training.lora_rank:
             write_adapters(trainer.engine.module.policy, staging, is_writer=trainer.is_writer)
         trainer.barrier()

@@ -30,8 +30,22 @@ def limit_seconds(model: Any, lengths: Sequence[int], *, samples: int, tokens: i
 
     Attention counts with its operations at the mean rate of the products; norms, activations and drawing count nothing.
     """
+    work = products(model, lengths, samples=samples, tokens=tokens)
+    seconds = sum(count * 2 * s[1] * s[2] / _rate(s) for s, count in work.items())
+    counted, attended = _operations(work), _attention(model.config, lengths, samples, tokens)
+    return Limit(seconds * (1 + attended / counted), counted + attended)
+
+
+def operations(model: Any, lengths: Sequence[int], *, samples: int, tokens: int) -> float:
+    """Floating-point operations of the same responses, attention included."""
+    work = products(model, lengths, samples=samples, tokens=tokens)
+    return _operations(work) + _attention(model.config, lengths, samples, tokens)
+
+
+def products(model: Any, lengths: Sequence[int], *, samples: int, tokens: int) -> Counter[Shape]:
+    """How many rows go through each shape of matrix product."""
     rows, read = len(lengths) * samples, sum(lengths)
-    work: Counter[Shape] = Counter()  # how many rows go through each shape, by shape
+    work: Counter[Shape] = Counter()
     head = model.get_output_embeddings()
     for layer in (module for module in model.modules() if isinstance(module, nn.Linear)):
         outputs, inputs = layer.weight.shape
@@ -40,10 +54,11 @@ def limit_seconds(model: Any, lengths: Sequence[int], *, samples: int, tokens: i
         else:
             work[PREFILL_ROWS, inputs, outputs] += read
             work[rows, inputs, outputs] += rows * (tokens - 1)
-    seconds = sum(count * 2 * s[1] * s[2] / _rate(s) for s, count in work.items())
-    products = sum(count * 2.0 * inputs * outputs for (_, inputs, outputs), count in work.items())
-    attention = _attention(model.config, lengths, samples, tokens)
-    return Limit(seconds * (1 + attention / products), products + attention)
+    return work
+
+
+def _operations(work: Counter[Shape]) -> float:
+    return sum(count * 2.0 * inputs * outputs for (_, inputs, outputs), count in work.items())
 
 
 def _attention(config: Any, lengths: Sequence[int], samples: int, tokens: int) -> float:

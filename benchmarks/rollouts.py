@@ -4,7 +4,8 @@
 
 16 prompts of 40 to 200 tokens × 8 samples × 64 new tokens, SmolLM2-135M in float32, its own distribution. The tokens of
 the prompts are random, and the ending token is one that is never drawn, so that every way draws the same number of
-tokens. Results go to benchmarks/results/latest.json, growth in time and memory to rollouts_*.svg there.
+tokens. Results go to benchmarks/results/latest.json, growth in time and memory with samples and length to
+rollouts_*.svg there, with ranks (of updates too) to ranks_*.svg.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from models.policy import load_policy
 from models.sampling import Sampling
 
 COMMAND = "python -m benchmarks.rollouts"
-PLOT = "plot"
+PLOTS = ("plot", "plot_ranks")
 PROMPTS, SAMPLES, NEW_TOKENS = 16, 8, 64
 SHORTEST, LONGEST = 40, 200
 ROWS = 32
@@ -39,17 +40,22 @@ UNDRAWN = 3
 
 @dataclass(frozen=True)
 class Bench:
-    """The model and the work that all comparisons share. Shape: numbers (prompts, samples, new tokens)."""
+    """The model and the work that all comparisons share. Shape: numbers (prompts, samples, new tokens).
+
+    `rows` are those of a batch of `generate`, `batch_tokens` is our budget.
+    """
 
     model: Any
     prompts: list[list[int]]
     numbers: torch.Tensor
     rounds: int
     note: Note
+    rows: int = ROWS
+    batch_tokens: int = RolloutsSection.model_fields["batch_tokens"].default
 
     def ours(self) -> list[float]:
-        """All responses by the in-process engine with the default budget; returns the number of tokens drawn."""
-        return [float(self.drawn(self.prompts, self.numbers, RolloutsSection.model_fields["batch_tokens"].default))]
+        """All responses by the in-process engine; returns the number of tokens drawn."""
+        return [float(self.drawn(self.prompts, self.numbers, self.batch_tokens))]
 
     def drawn(self, prompts: list[list[int]], numbers: torch.Tensor, batch_tokens: int) -> int:
         """Tokens that the in-process engine draws."""
@@ -62,16 +68,17 @@ class Bench:
         """The same number of responses by `generate`, prompts in their order, padded on the left."""
         from models.batching import left_pad
 
-        count, drawn = ROWS // SAMPLES, 0
+        _, samples, tokens = self.numbers.shape
+        count, drawn = self.rows // samples, 0
         for start in range(0, len(self.prompts), count):
-            ids, mask = left_pad(self.prompts[start : start + count], pad_id=UNDRAWN)
+            ids, mask = left_pad(self.prompts[start : start + count], UNDRAWN, self.model.device)
             out = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 do_sample=True,
                 top_k=0,
-                num_return_sequences=SAMPLES,
-                max_new_tokens=NEW_TOKENS,
+                num_return_sequences=samples,
+                max_new_tokens=tokens,
                 eos_token_id=UNDRAWN,
                 pad_token_id=UNDRAWN,
             )
@@ -132,22 +139,34 @@ def run(options: argparse.Namespace, scratch: Path, note: Note) -> list[Result]:
     bench = Bench(load_policy(source, prompt_format="text").model, *workload(), options.rounds, note)
     results = []
     for name in options.only:
-        if name != PLOT:
+        if name not in PLOTS:
             made = COMPARISONS[name](bench)
             record(made)
             results += made
-    if PLOT in options.only:
+    if "plot" in options.only:
         from benchmarks.rollouts_plot import draw
 
         draw(options.threads, Path(source), note)
+    if "plot_ranks" in options.only:
+        from benchmarks.ranks_plot import draw as draw_ranks
+
+        draw_ranks(Path(source), note)
     return results
 
 
-def workload(prompts: int = PROMPTS, samples: int = SAMPLES, tokens: int = NEW_TOKENS) -> tuple[Any, torch.Tensor]:
+def workload(
+    prompts: int = PROMPTS,
+    samples: int = SAMPLES,
+    tokens: int = NEW_TOKENS,
+    *,
+    shortest: int = SHORTEST,
+    longest: int = LONGEST,
+    vocabulary: int = 49152,
+) -> tuple[list[list[int]], torch.Tensor]:
     """Prompts of random tokens, lengths spread evenly and in no order, and a uniform number for every token."""
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.linspace(SHORTEST, LONGEST, prompts).round().int()[torch.randperm(prompts, generator=generator)]
-    rows = [torch.randint(100, 49152, (int(n),), generator=generator).tolist() for n in lengths]
+    lengths = torch.linspace(shortest, longest, prompts).round().int()[torch.randperm(prompts, generator=generator)]
+    rows = [torch.randint(100, vocabulary, (int(n),), generator=generator).tolist() for n in lengths]
     return rows, torch.rand(prompts, samples, tokens, generator=generator, dtype=torch.float64)
 
 
@@ -155,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="ratios per comparison")
     parser.add_argument("--threads", type=int, default=ResourcesSection().threads, help="torch threads of each way")
-    parser.add_argument("--only", nargs="+", choices=[*COMPARISONS, PLOT], default=[*COMPARISONS, PLOT])
+    parser.add_argument("--only", nargs="+", choices=[*COMPARISONS, *PLOTS], default=[*COMPARISONS, *PLOTS])
     return parser
 
 

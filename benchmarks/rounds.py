@@ -29,13 +29,14 @@ def interleaved(
     *,
     title: str,
     clock: Callable[[], float] = time.perf_counter,
+    tolerance: float = TOLERANCE,
 ) -> dict[str, list[float]]:
     """Seconds of each way, one number per round; the ways take turns within a round.
 
-    Raises DifferentWorkError where a way's numbers differ from the first way's by more than `TOLERANCE`.
+    Raises DifferentWorkError where a way's numbers differ from the first way's by more than `tolerance`.
     """
     on_note(f"{title}: warm-up of {len(ways)} ways, {rounds} rounds follow")
-    check_same_work({name: way() for name, way in ways.items()})
+    check_same_work({name: way() for name, way in ways.items()}, tolerance)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for done in range(1, rounds + 1):
         for name, way in ways.items():
@@ -48,13 +49,13 @@ def interleaved(
     return seconds
 
 
-def check_same_work(numbers: Mapping[str, Sequence[float]]) -> None:
-    """Raise DifferentWorkError unless all ways came to the same numbers."""
+def check_same_work(numbers: Mapping[str, Sequence[float]], tolerance: float = TOLERANCE) -> None:
+    """Raise DifferentWorkError unless all ways came to the same numbers, as near as `tolerance`."""
     (first, expected), *others = numbers.items()
     for name, got in others:
         if len(got) != len(expected):
             raise DifferentWorkError(f"{name} came to {len(got)} numbers, {first} to {len(expected)}")
         for index, (a, b) in enumerate(zip(expected, got, strict=True)):
-            # Not `abs(a - b) > TOLERANCE`, which a NaN would pass.
-            if not abs(a - b) <= TOLERANCE:
+            # Not `abs(a - b) > tolerance`, which a NaN would pass.
+            if not abs(a - b) <= tolerance:
                 raise DifferentWorkError(f"number {index}: {first} came to {a}, {name} to {b}")

@@ -132,19 +132,24 @@ def _model(policy: Path) -> Any:
 def _cost(step: Callable[[], None]) -> str:
     """The fastest of some runs, and the peak of the memory that they took."""
     step()  # gradients stay, as they do from one micro-batch to the next
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before, measured = _memory("VmRSS"), []
+    reset_peak()
+    before, measured = memory_mb("VmRSS"), []
     for _ in range(REPEATS):
         begun = time.perf_counter()
         step()
         measured.append(time.perf_counter() - begun)
-    return f"{min(measured):7.2f} s {(_memory('VmHWM') - before) / 1000:7.0f} MB"
+    return f"{min(measured):7.2f} s {memory_mb('VmHWM') - before:7.0f} MB"
 
 
-def _memory(key: str) -> int:
-    """A value of /proc/self/status in kB."""
+def reset_peak() -> None:
+    """This process's peak of memory (VmHWM) counts from here."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory_mb(key: str) -> float:
+    """A value of /proc/self/status in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+    return next(int(line.split()[1]) / 1000 for line in lines if line.startswith(key))
 
 
 def main() -> int:

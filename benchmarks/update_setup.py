@@ -24,11 +24,16 @@ ROUNDS = 5
 
 def start(cache: Path, threads: int, note: Note) -> Path:
     """The folder of the default policy; torch on `threads` threads, and a process group of this process alone."""
+    start_alone(threads, gpu=False)
+    return Path(policy_folder("smollm2-135m", cache, note))
+
+
+def start_alone(threads: int, *, gpu: bool) -> None:
+    """A process group of this process alone."""
     from alignment.engine import start_ranks
 
     with alone():
-        start_ranks(threads=threads, gpu=False)
-    return Path(policy_folder("smollm2-135m", cache, note))
+        start_ranks(threads=threads, gpu=gpu)
 
 
 @contextmanager
@@ -65,16 +70,27 @@ def uniform_rollouts(count: int, length: int, *, vocabulary: int = 40_000) -> li
     return [_rollout(i, tuple(row[:1]), tuple(row[1:])) for i, row in enumerate(ids)]
 
 
-def updating(policy: Path, examples: Sequence[Rollout], micro_batch_size: int) -> Way:
-    """One optimizer step of an RS update on all examples, as a way that gives its loss per response token."""
-    import torch
+def updating(
+    policy: Path,
+    examples: Sequence[Rollout],
+    micro_batch_size: int,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    **settings: Any,
+) -> Way:
+    """One optimizer step of an RS update on all examples, as a way that gives its loss per response token.
+
+    `settings` are further ones of the config's section `training`.
+    """
     from transformers import AutoModelForCausalLM
 
     from alignment.engine import Ranks
     from alignment.update import update
 
-    training = TrainingSection(global_batch_size=len(examples), micro_batch_size=micro_batch_size, **TRAINING)
-    model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
+    sizes = {"global_batch_size": len(examples), "micro_batch_size": micro_batch_size}
+    training = TrainingSection.model_validate({**sizes, **TRAINING, **settings})
+    model = AutoModelForCausalLM.from_pretrained(policy, dtype=dtype).eval().to(device)
     engine = engine_for(model, training)
 
     def step() -> list[float]:
@@ -93,13 +109,13 @@ def engine_for(model: Any, training: TrainingSection) -> Any:
 
     loss = SequenceLoss(model, packed=packing_leak(model) == 0)
     with alone():
-        return build_engine(loss, training, zero_stage=0, world_size=1)
+        return build_engine(loss, training, zero_stage=training.zero_stage, world_size=1)
 
 
 def operations(policy: Path, examples: Sequence[Rollout]) -> int:
     """6 per parameter and token: the body's for every token, the head's for those that are learned.
 
-    The policy's head is its embedding, so its weights count once.
+    An embedding of its own is looked up and costs nothing; one that is the head too counts as the head.
     """
     from transformers import AutoConfig
 
@@ -109,10 +125,11 @@ def operations(policy: Path, examples: Sequence[Rollout]) -> int:
     head = config.vocab_size * config.hidden_size
     learned = sum(r.num_tokens for r in examples)
     tokens = learned + sum(len(r.prompt_ids) for r in examples)
-    return 6 * ((count_parameters(policy) - head) * tokens + head * learned)
+    body = count_parameters(policy) - head * (1 if config.tie_word_embeddings else 2)
+    return 6 * (body * tokens + head * learned)
 
 
-def matrix_rate(policy: Path, rows: int) -> float:
+def matrix_rate(policy: Path, rows: int, *, device: str = "cpu", dtype: str = "float32") -> float:
     """Operations per second of the matrix products of one forward pass over `rows` tokens, head included."""
     import torch
     from transformers import AutoConfig
@@ -121,14 +138,16 @@ def matrix_rate(policy: Path, rows: int) -> float:
     keys = c.hidden_size * c.num_key_value_heads // c.num_attention_heads
     block = [(c.hidden_size, n) for n in (c.hidden_size, keys, keys, c.hidden_size, *2 * (c.intermediate_size,))]
     shapes = c.num_hidden_layers * [*block, (c.intermediate_size, c.hidden_size)] + [(c.hidden_size, c.vocab_size)]
-    weights = {shape: torch.randn(shape[::-1]) for shape in set(shapes)}
-    inputs = {width: torch.randn(rows, width) for width, _ in weights}
+    of: dict[str, Any] = {"device": device, "dtype": getattr(torch, dtype)}
+    weights = {shape: torch.randn(shape[::-1], **of) for shape in set(shapes)}
+    inputs = {width: torch.randn(rows, width, **of) for width, _ in weights}
     fastest = float("inf")
     with torch.no_grad():
         for _ in range(ROUNDS):
             begun = time.perf_counter()
             for shape in shapes:
-                torch.nn.functional.linear(inputs[shape[0]], weights[shape])
+                made = torch.nn.functional.linear(inputs[shape[0]], weights[shape])
+            made.sum().item()  # waits for a card that has them all in its queue
             fastest = min(fastest, time.perf_counter() - begun)
     return sum(2 * rows * a * b for a, b in shapes) / fastest
 

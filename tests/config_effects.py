@@ -26,6 +26,7 @@ from alignment.atomic_files import write_json
 from alignment.config import Config, parse_config
 from alignment.engine import engine_settings
 from alignment.errors import AlignmentError
+from alignment.hosted_optimizer import hosted_optimizer
 from alignment.judge_stage import prepare_judge
 from alignment.lifeline import Stop
 from alignment.preparation import load_prompt_sets
@@ -240,6 +241,11 @@ def offloads(name: str) -> Any:
         return settings["zero_optimization"].get("offload_optimizer", {}).get("device") == "cpu"
 
     return look
+
+
+def leaves_for_rollouts(config: Config) -> bool:
+    """Whether AdamW's state would be on the host for the time of rollouts: of the decision, as here is no GPU."""
+    return hosted_optimizer(None, config.training) is not None
 
 
 def trained_policy_weights(config: Config) -> int:

@@ -148,6 +148,21 @@ def test_each_bad_value_is_one_line_with_key_value_and_remedy() -> None:
             "resources.gpu >= 1 (now 0) and training.zero_stage >= 1 (now 1)",
         ),
         (
+            ["training.offload_during_rollouts=true"],
+            "training.offload_during_rollouts spares a GPU's memory, and on a CPU the state would move from one place "
+            "of the host to another: set resources.gpu >= 1 (now 0), or leave it false",
+        ),
+        (
+            [
+                "training.offload_during_rollouts=true",
+                "training.offload_optimizer=true",
+                "training.zero_stage=1",
+                "resources.gpu=1",
+            ],
+            "training.offload_during_rollouts has nothing to move where training.offload_optimizer keeps AdamW's "
+            "state on the host all the time: unset one of them",
+        ),
+        (
             ["reward_ensemble.members={other: 1, third/2: 1}"],
             "reward_ensemble.members (other, third/2) must hold reward.name (reward_model), without a version, and at "
             "least one more: add them, or leave it empty",
@@ -423,6 +438,7 @@ EFFECTS = {
     "training.micro_batch_size": Effect(1, see.engine_says("train_micro_batch_size_per_gpu"), 1),
     "training.gradient_checkpointing": Effect(True, see.keeps_layer_inputs_only, True),
     "training.offload_optimizer": Effect(True, see.offloads("training"), True, on_gpus("training")),
+    "training.offload_during_rollouts": Effect(True, see.leaves_for_rollouts, True, ("resources.gpu=1",)),
     "training.lora_rank": Effect(2, see.trained_policy_weights),
     "training.lora_alpha": Effect(4, see.policy_adapter_scale, {2.0}, ("training.lora_rank=2",)),
     "training.sft_mix": Effect("toy:demonstrations", see.weights),

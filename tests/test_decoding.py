@@ -24,7 +24,7 @@ from models.row_kinds import rows_for
 from models.rows import Job, Room, longest_first, most_room
 from models.sampling import Sampling, adjusted
 from models.shared_rows import SharedRows
-from side_by_side import sample
+from side_by_side import half_precision_distances, sample
 from tiny import EOS, VOCABULARY, random_rows, tiny_llama
 
 PROMPTS = random_rows([3, 9, 5, 1])
@@ -121,33 +121,9 @@ def test_samples_are_those_of_a_plain_loop_for_models_of_many_kinds(kind):
 
 
 def test_in_half_precision_log_probabilities_are_as_near_the_trainers_as_its_rounding():
-    """Attention weights are doubled twice over: what rounding does to scores shows."""
-    torch.manual_seed(0)
-    sizes = {**GROUPED, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6}
-    config = LlamaConfig(**sizes, vocab_size=512, initializer_range=0.06, bos_token_id=1, eos_token_id=EOS)
-    model = LlamaForCausalLM(config).eval()
-    for layer in model.model.layers:
-        layer.self_attn.q_proj.weight.data *= 2
-        layer.self_attn.k_proj.weight.data *= 2
-    whole = LlamaForCausalLM(config).eval()
-    whole.load_state_dict(model.bfloat16().state_dict())
-    prompts = [torch.randint(3, 512, (n,)).tolist() for n in (30, 80, 50, 10)]
-    drawn = sample(model, prompts, torch.rand(4, 4, 40, dtype=torch.float64), Sampling(40), eos_ids=[EOS])
-    ours, trainer, exact = [], [], []
-    for prompt, samples in zip(prompts, drawn, strict=True):
-        batch = response_batch([prompt] * 4, [one.token_ids for one in samples], pad_id=0)
-        kept = batch.response_mask.bool()
-        for found, by in ((trainer, model), (exact, whole)):
-            with torch.no_grad():
-                logged = response_logits(by, batch).float().log_softmax(-1).gather(-1, batch.targets[..., None])[..., 0]
-            found += logged[kept].tolist()
-        ours += [value for one in samples for value in one.log_probs]
-
-    def rms(a, b):
-        return float(np.sqrt(np.mean((np.array(a) - np.array(b)) ** 2)))
-
-    assert rms(ours, exact) < 1.2 * rms(trainer, exact)
-    assert rms(ours, trainer) < 0.04
+    found = half_precision_distances("cpu")
+    assert found["ours to exact"] < 1.2 * found["trainer to exact"]
+    assert found["ours to trainer"] < 0.04
 
 
 BART = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "init_std": 0.3}

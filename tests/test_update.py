@@ -31,7 +31,7 @@ from models.sampling import Sampling, draw
 from models.sequence_loss import SequenceLoss
 from reward_runs import in_this_process
 from tiny import tiny_llama
-from update_ranks import BASE_SEED, RESPONSE_LENGTHS, rollouts
+from update_ranks import BASE_SEED, RESPONSE_LENGTHS, plain_gradient, rollouts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,22 +65,6 @@ def run_update(folder, plain=True, **case_of):
     else:
         launch(1, [words])
     return results(folder)
-
-
-def plain_gradient(rows, kl_penalty=0.0, model=None, base=None):
-    """Gradient, loss and KL per response token: each row alone, no padding, float64. `base` gives logits of ids."""
-    model, base = (model or tiny_llama()).double(), base or tiny_llama(BASE_SEED).double()
-    tokens = sum(len(r.response_ids) for r in rows)
-    loss, kl = torch.zeros(2, dtype=torch.float64)
-    for r in rows:
-        ids, responses = torch.tensor([r.prompt_ids + r.response_ids]), slice(len(r.prompt_ids) - 1, -1)
-        logits = model(ids).logits[0, responses]
-        loss = loss + torch.nn.functional.cross_entropy(logits, torch.tensor(r.response_ids), reduction="sum") / tokens
-        p, q = (torch.distributions.Categorical(logits=x) for x in (logits, base(ids).logits[0, responses].detach()))
-        kl = kl + torch.distributions.kl_divergence(p, q).sum() / tokens
-    (loss + kl_penalty * kl).backward()
-    gradient = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    return gradient, (loss + kl_penalty * kl).item(), kl.item()
 
 
 def check_gradient(weights, before, gradient):

@@ -95,5 +95,21 @@ def with_adapters(model: Any, training: TrainingSection) -> Any:
     return adapted
 
 
+def plain_gradient(rows, kl_penalty=0.0, model=None, base=None):
+    """Gradient, loss and KL per response token: each row alone, no padding, float64. `base` gives logits of ids."""
+    model, base = (model or tiny_llama()).double(), base or tiny_llama(BASE_SEED).double()
+    tokens = sum(len(r.response_ids) for r in rows)
+    loss, kl = torch.zeros(2, dtype=torch.float64)
+    for r in rows:
+        ids, responses = torch.tensor([r.prompt_ids + r.response_ids]), slice(len(r.prompt_ids) - 1, -1)
+        logits = model(ids).logits[0, responses]
+        loss = loss + torch.nn.functional.cross_entropy(logits, torch.tensor(r.response_ids), reduction="sum") / tokens
+        p, q = (torch.distributions.Categorical(logits=x) for x in (logits, base(ids).logits[0, responses].detach()))
+        kl = kl + torch.distributions.kl_divergence(p, q).sum() / tokens
+    (loss + kl_penalty * kl).backward()
+    gradient = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return gradient, (loss + kl_penalty * kl).item(), kl.item()
+
+
 if __name__ == "__main__":
     main()
