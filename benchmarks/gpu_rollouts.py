@@ -86,7 +86,7 @@ def prefill(run: Run) -> Found:
 
 @torch.inference_mode()
 def _prefill_seconds(run: Run, model: Any, texts: Sequence[Sequence[int]], size: int) -> float:
-    with patch.object(shared_rows, "PREFILL_TOKENS", size):
+    with patch.dict(shared_rows.PREFILL_TOKENS, {model.device.type: size}):
         room = len(texts) * (max(map(len, texts)) + 1)
         rows = rows_for(model, texts, 1, 1, budget=room, pad_id=UNDRAWN)
         waiting: deque[Any] = longest_first(texts, 1)
