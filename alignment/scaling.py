@@ -84,14 +84,14 @@ def told(inputs: Inputs, executor: str, rows: Sequence[Estimate | str]) -> str:
     return "\n".join([*lines, *(f"\n{row}" for row in rows if isinstance(row, str))])
 
 
-def plot(by_name: Mapping[str, Sequence[Estimate]], stem: Path) -> list[Path]:
-    """Wall time and efficiency by GPUs, an SVG each beside `stem`, a line for each name."""
+def plot(by_name: Mapping[str, Sequence[Estimate]], path: Path) -> list[Path]:
+    """Wall time and efficiency by GPUs, an SVG each named after `path`, a line for each name."""
     from alignment.atomic_files import write_text
     from benchmarks.plot import line_chart
 
     hours = {name: [(row.plan.gpus, row.wall_hours) for row in rows] for name, rows in by_name.items()}
     shares = {name: [(row.plan.gpus, 100 * row.efficiency) for row in rows] for name, rows in by_name.items()}
-    made = stem.with_name(f"{stem.stem}_hours.svg"), stem.with_name(f"{stem.stem}_efficiency.svg")
+    made = path.with_name(f"{path.stem}_hours.svg"), path.with_name(f"{path.stem}_efficiency.svg")
     write_text(made[0], line_chart("Wall time of the run", "GPUs", "hours", hours, logarithmic_y=True))
     write_text(made[1], line_chart("Efficiency beside perfect scaling", "GPUs", "per cent", shares))
     return list(made)
@@ -168,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--costs", type=Path, metavar="FILE", help="YAML or JSON, by section and field")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=NUMBER")
     parser.add_argument("--json", action="store_true", help="everything, with what it was made from")
-    parser.add_argument("--plot", type=Path, metavar="STEM", help="STEM_hours.svg and STEM_efficiency.svg")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="charts, FILE_hours.svg and FILE_efficiency.svg")
     return parser
 
 

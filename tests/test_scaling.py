@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -369,6 +370,14 @@ def test_a_bad_option_is_a_message(bad):
 def test_the_command_needs_no_torch():
     script = "import sys, alignment.scaling; sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
+def test_the_document_s_tables_are_what_its_commands_print():
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    commands = [c for c in re.findall(r"`python -m alignment\.scaling ([^`\n]+)`", text) if "--plot" not in c]
+    assert len(commands) == 4
+    for one in commands:
+        assert command(*one.split()).stdout.strip() in text, one
 
 
 def test_a_chart_with_two_logarithmic_axes():
