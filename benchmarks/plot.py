@@ -13,11 +13,22 @@ Points = Sequence[tuple[float, float]]
 
 
 def line_chart(
-    title: str, x_label: str, y_label: str, lines: Mapping[str, Points], *, logarithmic: bool = True, bottom: float = 0
+    title: str,
+    x_label: str,
+    y_label: str,
+    lines: Mapping[str, Points],
+    *,
+    logarithmic: bool = True,
+    logarithmic_y: bool = False,
+    bottom: float = 0,
 ) -> str:
-    """The chart's SVG text. A `logarithmic` x axis (to base 2) takes positive x; the y axis begins at `bottom`."""
+    """The chart's SVG text. A `logarithmic` x axis (to base 2) takes positive x; the y axis begins at `bottom`.
+
+    With `logarithmic_y` it takes positive y, begins at a power of ten, and needs no `bottom`.
+    """
     xs = sorted({x for points in lines.values() for x, _ in points})
-    ticks = _ticks(bottom, max(y for points in lines.values() for _, y in points))
+    ys = [y for points in lines.values() for _, y in points]
+    ticks = _powers(min(ys), max(ys)) if logarithmic_y else _ticks(bottom, max(ys))
     x_ticks = xs if logarithmic else _ticks(0, xs[-1])
 
     def place_x(x: float) -> float:
@@ -25,7 +36,11 @@ def line_chart(
         return LEFT + (WIDTH - LEFT - RIGHT) * (math.log2(x / xs[0]) if logarithmic else x) / span
 
     def place_y(y: float) -> float:
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - bottom) / (ticks[-1] - bottom)
+        if logarithmic_y:
+            share = math.log10(y / ticks[0]) / math.log10(ticks[-1] / ticks[0])
+        else:
+            share = (y - bottom) / (ticks[-1] - bottom)
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share
 
     parts = [_text(WIDTH / 2, 22, title, "middle", 15)]
     for y in ticks:
@@ -61,6 +76,12 @@ def _ticks(low: float, high: float) -> list[float]:
     """About six round values from `low` to `high` or just above."""
     step = _round_step((high - low) / 5)
     return [round(low + step * k, 10) for k in range(math.ceil((high - low) / step - 1e-9) + 1)]
+
+
+def _powers(low: float, high: float) -> list[float]:
+    """The powers of ten from `low` or just below to `high` or just above, two at least."""
+    first = math.floor(math.log10(low))
+    return [10.0**k for k in range(first, max(first + 1, math.ceil(math.log10(high))) + 1)]
 
 
 def _round_step(rough: float) -> float:
