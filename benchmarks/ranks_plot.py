@@ -22,11 +22,14 @@ from benchmarks.results import LATEST
 from benchmarks.rounds import Note
 
 RANKS = (1, 2, 4)
-LINES = {"rollouts": 0, "update, ZeRO 0": 0, "update, ZeRO 2": 2}
-"""What is measured, and the ZeRO stage of its engine."""
+PRODUCTS = "matrix products"
+LINES = {PRODUCTS: 0, "rollouts": 0, "update, ZeRO 0": 0, "update, ZeRO 2": 2}
+"""What is measured, and the ZeRO stage of its engine; the products say what this machine's cores give together."""
 PROMPTS, SAMPLES, TOKENS = 8, 8, 32
 BATCH_TOKENS = 16_384
 SEQUENCES, LENGTH = 8, 128
+SHAPE, COUNT = (512, 576, 1536), 800
+"""Rows, inputs and outputs of the products (a prompt batch through a layer of SmolLM2-135M), and how many there are."""
 ROOT = Path(__file__).resolve().parent.parent
 
 Lines = dict[str, list[tuple[float, float]]]
@@ -78,7 +81,8 @@ def main() -> None:
     parser.add_argument("name", choices=LINES)
     options = parser.parse_args()
     ranks = start_ranks(threads=1, gpu=False)
-    warm_up, work = (_rollouts if options.name == "rollouts" else _update)(options.source, LINES[options.name], ranks)
+    prepare = {PRODUCTS: _products, "rollouts": _rollouts}.get(options.name, _update)
+    warm_up, work = prepare(options.source, LINES[options.name], ranks)
     warm_up()
     torch.distributed.barrier()
     reset_peak()
@@ -88,6 +92,20 @@ def main() -> None:
     torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
     if ranks.rank == 0:
         print(json.dumps({"seconds": float(found[0]), "peak_mb": float(found[1])}))
+
+
+def _products(_: Path, __: int, ranks: Any) -> tuple[Work, Work]:
+    """This rank's share of the products."""
+    import torch
+
+    rows, inputs, outputs = SHAPE
+    x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+
+    def multiply() -> None:
+        for _ in range(COUNT // ranks.world_size):
+            torch.nn.functional.linear(x, weight)
+
+    return multiply, multiply
 
 
 def _rollouts(source: Path, _: int, ranks: Any) -> tuple[Work, Work]:

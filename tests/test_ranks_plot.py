@@ -24,5 +24,5 @@ def test_points_are_measured_by_so_many_ranks_and_drawn(tmp_path: Path, monkeypa
 
 def test_a_point_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks_plot, "ROOT", tmp_path)  # where nothing is that could be started
-    with pytest.raises(WorkerError, match="rollouts on 1 ranks could not be measured"):
+    with pytest.raises(WorkerError, match="matrix products on 1 ranks could not be measured"):
         ranks_plot.draw(tmp_path / "nothing", print, ranks=(1,), folder=tmp_path)
