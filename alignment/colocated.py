@@ -1,6 +1,7 @@
 """The colocated executor: one iteration of RS steps by workers on the step's own node."""
 
 import json
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +13,7 @@ from alignment.preparation import load_prompt_sets
 from alignment.progress import ProgressLines
 from alignment.reward_server import RewardServer
 from alignment.run_folder import RunFolder
+from alignment.run_metrics import RunProgress, after, end_progress, write_progress
 from alignment.task import claim_devices, ends_at, served, timed_task, tracker
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
 
@@ -28,7 +30,8 @@ def iterate(config: Config, run: RunFolder, reward: RewardModelRef, judge: Judge
     done = begun_at.step if begun_at else 0
     until = min((done // config.loop.steps_per_iteration + 1) * config.loop.steps_per_iteration, total)
     stopped: list[dict[str, Any]] = []
-    progress = ProgressLines(total)
+    progress, shown = ProgressLines(total), RunProgress(done, total, time.time())
+    write_progress(run, shown)
     with (
         timed_task(run, "iterate") as work_begins,
         served(config, run, reward) as server,
@@ -36,7 +39,11 @@ def iterate(config: Config, run: RunFolder, reward: RewardModelRef, judge: Judge
     ):
 
         def on_event(event: dict[str, Any]) -> None:
+            nonlocal shown
             progress.update(event)
+            before, shown = shown, after(shown, event, time.time())
+            if shown is not before:
+                write_progress(run, shown)
             if event["kind"] == "ready":
                 work_begins()
             if event["kind"] == "step":
@@ -60,6 +67,8 @@ def iterate(config: Config, run: RunFolder, reward: RewardModelRef, judge: Judge
             grace_s=config.loop.stop_grace_s,
         )
     checkpoint = newest_checkpoint(run.checkpoints)
+    if stopped or until == total:
+        end_progress(run)
     if stopped:
         where = checkpoint.uri if checkpoint else "no checkpoint yet: the run begins anew"
         raise StoppedError(

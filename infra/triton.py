@@ -2,7 +2,8 @@
 
     python -m infra.triton --repository runs/triton_repo [--follow]
 
-Serves on loopback until Ctrl-C. Tritonserver sees a private view of the repository: links to the exported
+Serves on loopback until Ctrl-C; in a container `--host 0.0.0.0` opens it to the network, and `--tritonserver` names the
+server of NVIDIA's image. Tritonserver sees a private view of the repository: links to the exported
 versions alone, so that one version can be pinned and the bare template is never loaded. Its model control is
 off, so nobody who reaches its ports can make it load code; with `--follow` it takes up what is exported later by
 looking at the view, which this process alone writes (`infra/triton_follow.py`). The other management protocols
@@ -15,6 +16,7 @@ owner of the pipe ends, however it ends.
 
 import argparse
 import ctypes
+import ipaddress
 import itertools
 import os
 import secrets
@@ -58,18 +60,21 @@ def serve(
     should_stop: Callable[[float], bool],
     on_ready: Callable[[list[tuple[str, str]]], None],
     grace_s: float,
+    tritonserver: Path | None = None,
 ) -> None:
     """Run tritonserver until `should_stop(wait_s)` says so; start it anew when its model's process is lost.
 
     With `follow`, versions that are exported meanwhile are served too. `grace_s` is how long requests in flight
-    may take at the end.
+    may take at the end. `tritonserver` is an installed server's folder; None takes the wheel's.
     Raises RewardServerError when it cannot be started, or was lost more than `MAX_RESTARTS` times in a row.
     """
     sweep(SHARED_MEMORY, Path(tempfile.gettempdir()))
     with tempfile.TemporaryDirectory(prefix=f"triton-{owner()}-") as scratch:
         prefix = f"triton_{owner()}_{secrets.token_hex(4)}"
-        prepared = prepare(Path(scratch), models, repository, ports, prefix, threads=threads, follow=follow)
-        follower = Follower(repository, list(models), prepared, f"127.0.0.1:{ports.grpc}") if follow else None
+        prepared = prepare(
+            Path(scratch), models, repository, ports, prefix, threads=threads, follow=follow, tritonserver=tritonserver
+        )
+        follower = Follower(repository, list(models), prepared, ports.url) if follow else None
         backend_folder, restarts = BackendFolder(), 0
 
         def ready(served: list[tuple[str, str]]) -> None:
@@ -138,7 +143,7 @@ def _watch(
 
     Raises RewardServerError when a version cannot be loaded.
     """
-    ready, url, ended = False, f"127.0.0.1:{ports.grpc}", threading.Event()
+    ready, url, ended = False, ports.url, threading.Event()
     deadline = time.monotonic() + START_S
     hung: list[str] = []
     try:
@@ -228,6 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
                 on_ready=lambda served: _announce(served, ports, options.log),
                 # The owner of the pipe is the only client, and it has ended: nothing is in flight.
                 grace_s=0 if options.watch_stdin else EXIT_TIMEOUT_S + 5,
+                tritonserver=options.tritonserver,
             )
     except AlignmentError as error:
         tail = f"; its last lines ({options.log}):\n{log_tail(options.log)}" if options.log else ""
@@ -247,6 +253,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--also", type=_model_version, action="append", default=[], metavar="NAME/VERSION", help=also)
     for kind in ("grpc", "http", "metrics"):
         parser.add_argument(f"--{kind}-port", type=_port, default=0, help="0 picks a free one")
+    opened = "IPv4 address to listen at; 0.0.0.0 lets in whoever reaches this machine (default: 127.0.0.1)"
+    parser.add_argument("--host", type=_address, default="127.0.0.1", help=opened)
+    installed = "folder of an installed Triton, e.g. /opt/tritonserver; the wheel's server if left out"
+    parser.add_argument("--tritonserver", type=Path, metavar="DIR", help=installed)
     parser.add_argument("--threads", type=int, help="torch threads of the model; all cores if left out")
     parser.add_argument("--log", type=Path, help="file for tritonserver's output; stderr if left out")
     parser.add_argument("--watch-stdin", action="store_true", help="end when stdin ends")
@@ -257,6 +267,13 @@ def _port(text: str) -> int:
     if not text.isdigit() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no port: give a number from 0 to 65535")
     return int(text)
+
+
+def _address(text: str) -> str:
+    try:
+        return str(ipaddress.IPv4Address(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no IPv4 address: give e.g. 127.0.0.1 or 0.0.0.0") from error
 
 
 def _model_version(text: str) -> tuple[str, str]:
@@ -274,13 +291,14 @@ def _ports(options: argparse.Namespace) -> Ports:
             # Like a server: a port whose old connections linger is free.
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                s.bind(("127.0.0.1", port))
+                s.bind((options.host, port))
             except OSError as error:
                 key = "reward.grpc_port or --grpc-port" if kind == "grpc" else f"--{kind}-port"
                 raise RewardServerError(
-                    f"port {port} on 127.0.0.1 is not free ({error.strerror}): set {key} to another, or to 0"
+                    f"port {port} on {options.host} is not free ({error.strerror}): set {key} to another, or to 0"
                 ) from error
-    return Ports(*(port or free for port, free in zip(asked, free_ports(3), strict=True)))
+    grpc, http, metrics = (port or free for port, free in zip(asked, free_ports(3), strict=True))
+    return Ports(grpc, http, metrics, options.host)
 
 
 def _announce(served: list[tuple[str, str]], ports: Ports, log: Path | None) -> None:
@@ -290,9 +308,9 @@ def _announce(served: list[tuple[str, str]], ports: Ports, log: Path | None) -> 
         for name, versions in itertools.groupby(served, key=lambda entry: entry[0])
     )
     print(f"serving {names}; stop with Ctrl-C")
-    print(f"  gRPC     127.0.0.1:{ports.grpc}    (reward.url)")
-    print(f"  HTTP     http://127.0.0.1:{ports.http}")
-    print(f"  metrics  http://127.0.0.1:{ports.metrics}/metrics")
+    print(f"  gRPC     {ports.host}:{ports.grpc}    (reward.url)")
+    print(f"  HTTP     http://{ports.host}:{ports.http}")
+    print(f"  metrics  http://{ports.host}:{ports.metrics}/metrics")
     print(f"  log      {log or 'stderr'}", flush=True)
 
 

@@ -1,7 +1,8 @@
 """What tritonserver needs on disk, in its command line and in its environment before it can start.
 
 The wheel `nvidia-pytriton` carries the server, the python backend and its stubs in places where the server
-does not look; `prepare` lays them out in a scratch folder, beside a view of the repository.
+does not look; `prepare` lays them out in a scratch folder, beside a view of the repository. A server that is installed
+as in NVIDIA's image needs no layout.
 """
 
 import importlib.metadata
@@ -26,11 +27,17 @@ VERSION_FILES = ("model.py", "settings.json", "template.jinja", "card.json", "we
 
 @dataclass(frozen=True)
 class Ports:
-    """Loopback ports of one server."""
+    """Ports of one server, and the address that it listens at: loopback, unless somebody asks for another."""
 
     grpc: int
     http: int
     metrics: int
+    host: str = "127.0.0.1"
+
+    @property
+    def url(self) -> str:
+        """host:port of gRPC, for a client on this machine."""
+        return f"{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.grpc}"
 
 
 def free_ports(count: int) -> list[int]:
@@ -89,14 +96,18 @@ def prepare(
     *,
     threads: int | None = None,
     follow: bool = False,
+    tritonserver: Path | None = None,
 ) -> Prepared:
     """Lay out the backend and the view. With `follow` the server takes up what is added to the view later.
 
+    `tritonserver` is the folder of an installed server, as NVIDIA's image has one; None takes the wheel's.
     Raises RewardServerError.
     """
-    server, libraries = _wheel()
+    server, libraries = _wheel() if tritonserver is None else _installed(tritonserver)
+    backends = scratch / "backends" if tritonserver is None else server / "backends"
     try:
-        _link_backend(scratch, server)
+        if tritonserver is None:
+            _link_backend(scratch, server)
         view = scratch / "repository"
         for name, versions in models.items():
             (view / name).mkdir(parents=True)
@@ -117,9 +128,9 @@ def prepare(
         "--disable-auto-complete-config",
         # It stays and says which version failed and why, instead of leaving that to its log.
         "--exit-on-error=false",
-        f"--backend-directory={scratch / 'backends'}",
+        f"--backend-directory={backends}",
         f"--backend-config=python,shm-region-prefix-name={prefix}",
-        *(f"--{kind}-address=127.0.0.1" for kind in ("grpc", "http", "metrics")),
+        *(f"--{kind}-address={ports.host}" for kind in ("grpc", "http", "metrics")),
         f"--grpc-port={ports.grpc}",
         f"--http-port={ports.http}",
         f"--metrics-port={ports.metrics}",
@@ -131,7 +142,7 @@ def prepare(
     environment = dict(os.environ)
     # The stub finds this interpreter's packages through PATH, and must load this interpreter's libpython first.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    environment["LD_LIBRARY_PATH"] = f"{sysconfig.get_config_var('LIBDIR')}{os.pathsep}{libraries}"
+    environment["LD_LIBRARY_PATH"] = f"{sysconfig.get_config_var('LIBDIR')}{os.pathsep}{libraries}".rstrip(os.pathsep)
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     return Prepared(command, environment, view, key)
@@ -185,7 +196,22 @@ def drop_deleted(view: Path, repository: Path) -> list[str]:
     return sorted(str(version.relative_to(view)) for version in versions)
 
 
-def _wheel() -> tuple[Path, Path]:
+def _installed(server: Path) -> tuple[Path, str]:
+    """An installed server's folder, and the libraries that its image looks for. Raises RewardServerError."""
+    for part in (
+        "bin/tritonserver",
+        "backends/python/libtriton_python.so",
+        "backends/python/triton_python_backend_stub",
+    ):
+        if not (server / part).is_file():
+            raise RewardServerError(
+                f"--tritonserver ({server}) holds no {part}: name the folder of an installed Triton with the python "
+                "backend (/opt/tritonserver in NVIDIA's image), or leave it out to use the wheel's"
+            )
+    return server, os.environ.get("LD_LIBRARY_PATH", "")
+
+
+def _wheel() -> tuple[Path, str]:
     """The wheel's tritonserver folder and its libraries. Raises RewardServerError."""
     try:
         wheel = importlib.metadata.distribution("nvidia-pytriton")
@@ -200,4 +226,4 @@ def _wheel() -> tuple[Path, Path]:
             "`pip install -r requirements.txt` brings numpy 1.26, or set reward.url to a running Triton"
         )
     server = Path(str(wheel.locate_file("pytriton/tritonserver")))
-    return server, Path(str(wheel.locate_file("nvidia_pytriton.libs")))
+    return server, str(wheel.locate_file("nvidia_pytriton.libs"))

