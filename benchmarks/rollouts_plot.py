@@ -60,6 +60,7 @@ def main() -> None:
     import torch
 
     from benchmarks.rollouts import Bench, workload
+    from models.memory import keep_freed_memory
     from models.policy import load_policy
 
     parser = argparse.ArgumentParser(description="one point of benchmarks.rollouts' growth; started by it")
@@ -68,6 +69,7 @@ def main() -> None:
         parser.add_argument(name, type=int)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as a worker does
     prompts, numbers = workload(PROMPTS, options.samples, options.tokens)
     bench = Bench(load_policy(options.source, prompt_format="text").model, prompts, numbers, 1, print)
     bench.drawn(prompts[:1], numbers[:1, :1, :2], BATCH_TOKENS)
