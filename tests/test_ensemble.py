@@ -21,9 +21,10 @@ from alignment.errors import ConfigError
 from alignment.judge_stage import prepare_judge
 from alignment.records import validation_record
 from alignment.report_page import _model_charts
-from alignment.rs_step import _score, _stored_scores
+from alignment.rs_step import _score
 from alignment.run_folder import COLUMNS, RunFolder
 from alignment.selection import select
+from alignment.stored_scores import stored_scores
 from alignment.types import RewardModelRef, Rollout
 from flow_runs import SMOKE
 from infra.triton import main
@@ -175,15 +176,15 @@ def test_a_replay_uses_the_scores_of_the_same_models_and_asks_for_the_others(com
     first = models()
     run = stored(tmp_path, first, "abc")
     again = session(run, models())
-    replayed = _score(again, rollouts("abc"), _stored_scores(again, 1))()
+    replayed = _score(again, rollouts("abc"), stored_scores(again.trainer.run, again.ensemble, 1))()
     assert replayed == first.compared(first.score(rollouts("abc")))
     assert [client.asked for client in again.ensemble.clients] == [[], [], []]
     # One response more: it alone is asked for, and a vote is again over all four.
-    replayed = _score(again, rollouts("abcd"), _stored_scores(again, 1))()
+    replayed = _score(again, rollouts("abcd"), stored_scores(again.trainer.run, again.ensemble, 1))()
     assert replayed == first.compared(first.score(rollouts("abcd")))
     assert [client.asked for client in again.ensemble.clients] == [[["d"]]] * 3
-    assert _stored_scores(session(run, models(shadow_version="2")), 1) == {}
-    assert _stored_scores(session(run, ensemble(Client("a", 3.0, 1.0, 2.0))), 1) == {}
+    assert stored_scores(run, models(shadow_version="2"), 1) == {}
+    assert stored_scores(run, ensemble(Client("a", 3.0, 1.0, 2.0)), 1) == {}
 
 
 def test_the_columns_are_there_only_where_several_models_score(tmp_path: Path) -> None:
