@@ -33,7 +33,6 @@ def iterate(config: Config, run: RunFolder, reward: RewardModelRef, judge: Judge
         served(config, run, reward) as server,
         tracker(config, run) as wandb_run,
     ):
-
         listen = listener(run, ProgressLines(total), wandb_run)
 
         def on_event(event: dict[str, Any]) -> None:

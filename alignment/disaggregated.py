@@ -23,8 +23,10 @@ from alignment.errors import CheckpointError, ConfigError, WorkerError
 from alignment.launch import Gang, run_workers
 from alignment.phase_parts import Plain, rollout, sample, score, scored_rollout
 from alignment.preparation import load_prompt_sets
+from alignment.rollouts import in_prompt_order
 from alignment.run_folder import RunFolder
 from alignment.stages import begin, prepare_scorers
+from alignment.step_rules import decide, step_prompts
 from alignment.task import claim_devices
 from alignment.types import Prompt
 
@@ -104,8 +106,6 @@ def score_shards(config: Config, place: Place, shards: Sequence[Shard | None]) -
     Returns `scored`, the phases' `seconds` so far, `scoring_server`'s statistics and `lost_prompts`, by id. Raises
     WorkerError where more shards are lost than `phases.max_lost_shards` allows.
     """
-    from alignment.rollouts import in_prompt_order
-    from alignment.rs_step import step_prompts
 
     begun, run = time.monotonic(), _run(place)
     lost = _lost(config, place, shards)
@@ -123,8 +123,6 @@ def score_shards(config: Config, place: Place, shards: Sequence[Shard | None]) -
 
 def select_and_store(config: Config, place: Place, scored: Sequence[Mapping[str, Any]]) -> list[Plain]:
     """Decisions for the scored rollouts; both are written to the run's rollouts."""
-    from alignment.rs_step import decide
-
     rollouts = [scored_rollout(r) for r in scored]
     decisions = decide(config, rollouts)
     _run(place).write_rollouts(place["step"], rollouts, decisions)
@@ -196,8 +194,6 @@ def _validation_missing(config: Config, place: Place) -> bool:
 
 def _shards(config: Config, place: Place) -> list[Sequence[Prompt]]:
     """The step's prompts by shard: each takes every `phases.shards`-th."""
-    from alignment.rs_step import step_prompts
-
     prompts = step_prompts(config, load_prompt_sets(_run(place).path).train, place["step"])
     return [prompts[i :: config.phases.shards] for i in range(config.phases.shards)]
 

@@ -11,10 +11,9 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
 from alignment.config import Config
@@ -25,7 +24,7 @@ from alignment.preparation import load_prompt_sets
 from alignment.progress import ProgressLines
 from alignment.run_events import listener
 from alignment.run_folder import RunFolder
-from alignment.task import timed_task, time_left, tracker
+from alignment.task import time_left, timed_task, tracker
 from alignment.types import Checkpoint
 
 FLOW = "RSIterationFlow"
@@ -85,7 +84,7 @@ def side_by_side(config: Config) -> int:
 
 def inherited(words: Sequence[str]) -> list[str]:
     """Metaflow's options on the command line of a task that its inner run takes over."""
-    pairs = zip(words, words[1:], strict=False)
+    pairs = pairwise(words)
     return [word for option, value in pairs if option in INHERITED for word in (option, value)]
 
 
@@ -95,7 +94,6 @@ def _run_step(config: Config, run: RunFolder, step: int, origin: str | None) -> 
     if left is not None and left <= 0:
         raise StoppedError(_over(step))
     environment = {key: value for key, value in worker_environment().items() if key != "METAFLOW_FLOW_CONFIG_VALUE"}
-    begun = time.monotonic()
     process = subprocess.Popen(
         command(config, run, step, origin, inherited(sys.argv)),
         stdin=subprocess.PIPE,
@@ -119,8 +117,8 @@ def _run_step(config: Config, run: RunFolder, step: int, origin: str | None) -> 
         raise StoppedError(_over(step))
     if status:
         raise WorkerError(
-            f"RS step {step} failed after {time.monotonic() - begun:.0f} s in a run of {FLOW} of its own; its lines are "
-            "above. `python flows/rs_flow.py resume` does what it did not finish"
+            f"RS step {step} failed in a run of {FLOW} of its own, whose lines are above. "
+            "`python flows/rs_flow.py resume` does what it did not finish"
         )
 
 

@@ -1,7 +1,8 @@
 """Starting the workers of an iteration and listening to them.
 
 `torch.distributed.run` starts one process per GPU, or `resources.cpu_workers` on the CPU, on this node alone or
-on each node of a gang. They report as JSON lines on standard output; anything else that a library prints goes to standard error.
+on each node of a gang. They report as JSON lines on standard output; anything else that a library prints goes to
+standard error.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""What several phases of the disaggregated executor do: sample by the run's policy, score, and read what JSON carried."""
+"""What several phases of the disaggregated executor do: sample by the run's policy, score, read what JSON carried."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

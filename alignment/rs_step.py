@@ -11,14 +11,13 @@ from alignment.ensemble import Ensemble
 from alignment.errors import RewardError
 from alignment.lifeline import Stop, StopRequested
 from alignment.preparation import PromptSets
-from alignment.prompts import read_order
 from alignment.records import step_record, validation_record
 from alignment.rollouts import Lowered, generate, in_prompt_order
-from alignment.selection import select
+from alignment.step_rules import decide, step_prompts
 from alignment.stored_scores import StoredScores, key, known, stored_scores
 from alignment.trainer import Trainer, train_step
 from alignment.triton_metrics import ServerWatch
-from alignment.types import Decision, Prompt, Rollout, ScoredRollout
+from alignment.types import Prompt, Rollout, ScoredRollout
 from models.judge import Judge
 from models.sampling import Sampling
 
@@ -76,28 +75,6 @@ def rs_step(session: Session, step: int) -> None:
         record = step_record(step, scored, decisions, result, seconds, judge=session.judge, scoring_server=served)
         trainer.run.append_metrics(record)
         session.emit(record)
-
-
-def step_prompts(config: Config, prompts: Sequence[Prompt], step: int) -> list[Prompt]:
-    """The prompts that RS step `step` (from 1) reads."""
-    order = read_order(
-        len(prompts), num_rollout_samples=config.rollouts.num_rollout_samples, seed=config.seed, step=step - 1
-    )
-    return [prompts[i] for i in order]
-
-
-def decide(config: Config, scored: Sequence[ScoredRollout]) -> list[Decision]:
-    """Selection by the config's rule."""
-    rule = config.selection
-    return select(
-        scored,
-        strategy=rule.strategy,
-        top_n=rule.top_n_rollouts,
-        top_k=rule.top_k,
-        min_reward=rule.min_reward,
-        truncated=rule.truncated,
-        seed=config.seed,
-    )
 
 
 def training_sampling(config: Config) -> Sampling:

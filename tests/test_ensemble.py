@@ -227,15 +227,18 @@ def test_a_shadow_never_changes_a_decision(tmp_path: Path) -> None:
 
 def test_both_executors_store_the_same_scores_and_decisions(tmp_path: Path) -> None:
     names = ["reward_ensemble.members={reward_model: 1, other: 0.5}", "reward_ensemble.shadows=[strict]"]
-    config = effect_config(tmp_path, *names, "reward_ensemble.combine=vote", "reward.url=127.0.0.1:9")
+    config = effect_config(
+        tmp_path, *names, "reward_ensemble.combine=vote", "reward.url=127.0.0.1:9", "phases.shards=2"
+    )
     prepare_judge(config, tmp_path / "judge", lambda _: None)
     colocated = see.run_iteration(config)
     run = see.new_run(config)
     see.write_scorers(config, run)
-    place = {"run_path": str(run.path), "step": 1, "reward_model_ref": asdict(see.reference(config))}
-    shards = [disaggregated.sample_shard(config, place, i, 2) for i in range(2)]
+    place = {"run_path": str(run.path), "step": 1, "from_sha256": ""}
+    place["reward_model_ref"] = asdict(see.reference(config))
+    shards = [disaggregated.sample_shard(config, place, i) for i in range(2)]
     with patch("alignment.scoring.RewardClient", see.RewardClientStandIn):
-        scored, _ = disaggregated.score_shards(config, place, json.loads(json.dumps(shards)))
+        scored = disaggregated.score_shards(config, place, json.loads(json.dumps(shards)))["scored"]
     disaggregated.select_and_store(config, place, json.loads(json.dumps(scored)))
     assert run.read_rollouts(1) == colocated.rows
     best = max(colocated.rows, key=lambda row: row["reward"])
