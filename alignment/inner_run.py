@@ -44,15 +44,16 @@ def iterate(config: Config, run: RunFolder) -> Checkpoint:
     done = begun_at.step if begun_at else 0
     with timed_task(run, "iterate") as work_begins, tracker(config, run) as wandb_run:
         work_begins()
-        told, listen = len(_told(run)), listener(run, ProgressLines(total), wandb_run)
+        before, listen = _told(run, done), listener(run, ProgressLines(total), wandb_run)
         origin = _unfinished(config, run, done, None) if done else None
         step = done if origin or done == total else done + 1
         if step > done:
             origin = _unfinished(config, run, step, begun_at.sha256 if begun_at else "")
         if step > done or origin:
             _run_step(config, run, step, origin)
-        for record in _told(run)[told:]:
-            listen(record)
+        for record in _told(run, done):
+            if record not in before:
+                listen(record)
     checkpoint = newest_checkpoint(run.checkpoints)
     if checkpoint is None or checkpoint.step != step:
         raise CheckpointError(f"{run.checkpoints} holds no checkpoint of RS step {step}, which has just been made")
@@ -181,9 +182,9 @@ def _tags(run: RunFolder, step: int) -> tuple[str, str]:
     return f"parent:{run.path.name}", f"iteration:{step}"
 
 
-def _told(run: RunFolder) -> list[dict[str, Any]]:
-    """The records that whoever follows the run is told of."""
-    return [record for record in run.read_metrics() if record["kind"] in ("step", "validation")]
+def _told(run: RunFolder, since: int) -> list[dict[str, Any]]:
+    """The records from RS step `since` on that whoever follows the run is told of."""
+    return [r for r in run.read_metrics() if r["kind"] in ("step", "validation") and r["step"] >= since]
 
 
 def _over(step: int) -> str:

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rs_iteration_flow import RSIterationFlow
-from sources import main
-
 from alignment import disaggregated
 from alignment.types import Prompt, Rollout
+from rs_iteration_flow import RSIterationFlow
+from sources import main
 
 
 def sample_stand_in(
