@@ -150,12 +150,12 @@ def _unfinished(config: Config, run: RunFolder, step: int, from_sha256: str | No
     A step that is still to be trained must have been begun from the checkpoint `from_sha256`, and one that lost more
     shards than are allowed begins anew, since their tasks ended well for Metaflow.
     """
-    from metaflow import Flow, namespace
+    from metaflow import Flow, namespace  # type: ignore[attr-defined]
     from metaflow.exception import MetaflowNotFound
 
     namespace(None)
     try:
-        runs = list(Flow(FLOW).runs(*_tags(run, step)))
+        runs = list(Flow(FLOW).runs(*_tags(run, step)))  # type: ignore[no-untyped-call]
     except MetaflowNotFound:
         return None
     newest = max(runs, key=lambda one: one.created_at, default=None)
