@@ -2,9 +2,9 @@
 
     python -m benchmarks.executors [--preset FILE] [--steps N]
 
-The same run by both executors on this machine: one shard, one node, a reward server that is there already. So the
-difference between their steps is what it costs to have a Metaflow run, and tasks that load the policy anew, for each
-step. What fanning out saves is then the reader's arithmetic: with S shards on S nodes, rollouts take 1/S of their time.
+The same run by both executors on this machine, the colocated one with the preset's steps an iteration: one shard, one
+node, a reward server that is there already. So the difference between their steps is what it costs to have a Metaflow
+run, and tasks that load the policy anew, for each step. With S shards on S nodes, rollouts take 1/S of their time.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def main() -> int:
     """Measure and print; 1 where it could not be measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", type=Path, default=ROOT / "configs" / "smoke.yaml", help="default: smoke.yaml")
-    parser.add_argument("--steps", type=int, default=3, help="iterations of each executor, one at least besides one")
+    parser.add_argument("--steps", type=int, default=4, help="RS steps of each run, more than an iteration has")
     options = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory(prefix="executors-") as scratch:
@@ -100,7 +100,7 @@ def _measured(options: argparse.Namespace, root: Path) -> dict[str, StepCost]:
             client.wait_ready(START_S)
         costs = {}
         for name, own in EXECUTORS.items():
-            sets = [f"loop.max_steps={options.steps}", "loop.steps_per_iteration=1", f"reward.url={server.url}", *own]
+            sets = [f"loop.max_steps={options.steps}", f"reward.url={server.url}", *own]
             _flow("rs_flow", options.preset, root, *sets)
             costs[name] = step_cost(RunFolder((root / "latest").resolve()))
     return costs
