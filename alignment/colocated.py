@@ -1,19 +1,17 @@
 """The colocated executor: one iteration of RS steps by workers on the step's own node."""
 
 import json
-import time
 from dataclasses import asdict
 from typing import Any
 
 from alignment.config import Config
 from alignment.errors import CheckpointError, StoppedError
 from alignment.launch import run_workers
-from alignment.over_optimisation import newest_alarms
 from alignment.preparation import load_prompt_sets
-from alignment.progress import ProgressLines
 from alignment.reward_server import RewardServer
+from alignment.run_events import listener
 from alignment.run_folder import RunFolder
-from alignment.run_metrics import RunProgress, after, end_progress, write_progress
+from alignment.run_metrics import end_progress
 from alignment.task import claim_devices, ends_at, served, timed_task, tracker
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
 
@@ -30,29 +28,17 @@ def iterate(config: Config, run: RunFolder, reward: RewardModelRef, judge: Judge
     done = begun_at.step if begun_at else 0
     until = min((done // config.loop.steps_per_iteration + 1) * config.loop.steps_per_iteration, total)
     stopped: list[dict[str, Any]] = []
-    progress, shown = ProgressLines(total), RunProgress(done, total, time.time())
-    write_progress(run, shown)
     with (
         timed_task(run, "iterate") as work_begins,
         served(config, run, reward) as server,
         tracker(config, run) as wandb_run,
     ):
+        listen = listener(run, wandb_run, done=done, total=total)
 
         def on_event(event: dict[str, Any]) -> None:
-            nonlocal shown
-            progress.update(event)
-            before, shown = shown, after(shown, event, time.time())
-            if shown is not before:
-                write_progress(run, shown)
+            listen(event)
             if event["kind"] == "ready":
                 work_begins()
-            if event["kind"] == "step":
-                wandb_run.log_step(event)
-            elif event["kind"] == "validation":
-                wandb_run.log_validation(event)
-                for alarm in newest_alarms(run.read_metrics()):
-                    progress.update({"kind": "note", "text": f"alarm: {alarm.text}"})
-                    wandb_run.alert(alarm)
             elif event["kind"] == "stopped":
                 stopped.append(event)
 

@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from alignment.config_checks import check_config
+from alignment.config_phases import PhaseSection, PhasesSection
 from alignment.config_sections import (
     EvaluationSection,
     JudgeSection,
@@ -52,6 +53,7 @@ class Config(Section):
     judge: JudgeSection = JudgeSection()
     training: TrainingSection = TrainingSection()
     loop: LoopSection = LoopSection()
+    phases: PhasesSection = PhasesSection()
     validation: ValidationSection = ValidationSection()
     evaluation: EvaluationSection = EvaluationSection()
     resources: ResourcesSection = ResourcesSection()
@@ -61,6 +63,11 @@ class Config(Section):
     def num_workers(self) -> int:
         """Worker processes of a step: one per GPU, or `resources.cpu_workers`."""
         return self.resources.gpu or self.resources.cpu_workers
+
+    def in_phase(self, name: str) -> Self:
+        """This config as a task of that phase has it: its `resources` are the phase's where it names any."""
+        own: PhaseSection = getattr(self.phases, name)
+        return self.model_copy(update={"resources": own.over(self.resources)})
 
     @property
     def max_seconds_per_run(self) -> float | None:
@@ -134,17 +141,24 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         key, equals, raw = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"--set {override}: expected section.field=value, e.g. --set training.lr=1e-5")
-        section, dot, name = key.partition(".")
+        *sections, name = key.split(".")
         value = _read_yaml_value(raw, f"--set {override}")
-        if dot:
-            value = {name: value}
-        if isinstance(value, dict):
-            before = result.get(section) or {}
-            if not isinstance(before, dict):
-                raise ConfigError(f"--set {override}: {section} is not a section")
-            value = {**before, **value}
-        result[section] = value
+        if isinstance(value, dict) and not sections:  # a section, which changes what it names
+            value = {**_section(result, name, override), **value}
+        inner = result
+        for one in sections:
+            own = dict(_section(inner, one, override))
+            inner[one] = own
+            inner = own
+        inner[name] = value
     return result
+
+
+def _section(values: dict[str, Any], name: str, override: str) -> dict[str, Any]:
+    section = values.get(name) or {}
+    if not isinstance(section, dict):
+        raise ConfigError(f"--set {override}: {name} is not a section")
+    return section
 
 
 def _read_yaml(text: str, source: str) -> dict[str, Any]:
@@ -178,8 +192,9 @@ def _line(error: Any) -> str:
     """One pydantic error as `key (value): what is wrong, remedy`."""
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        section = Config.model_fields.get(str(error["loc"][0]))
-        known = Config.model_fields if len(error["loc"]) == 1 or section is None else section.annotation.model_fields  # type: ignore[union-attr]
+        known = Config.model_fields
+        for section in error["loc"][:-1]:
+            known = known[str(section)].annotation.model_fields  # type: ignore[union-attr]
         names = ", ".join(field.alias or name for name, field in known.items())
         return f"{key} ({error['input']!r}): unknown key; known here: {names}"
     if error["type"] == "value_error":

@@ -54,6 +54,7 @@ def check_config(config: "Config") -> None:
     _check_reward_training(config)
     _check_reward_ensemble(config)
     _check_sft(config)
+    _check_phases(config)
     if config.reward.url is not None and not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^/:\s]+):\d+", config.reward.url):
         raise ValueError(f"reward.url ({config.reward.url}) must be host:port of Triton's gRPC endpoint")
 
@@ -135,6 +136,32 @@ def _check_reward_ensemble(config: "Config") -> None:
     if twice:
         raise ValueError(
             f"reward_ensemble.shadows names {twice[0]}, which scores already: take it out, or name another version"
+        )
+
+
+def _check_phases(config: "Config") -> None:
+    own, loop = config.phases, config.loop
+    if loop.executor == "disaggregated" and loop.steps_per_iteration > 1:
+        raise ValueError(
+            f"loop.executor (disaggregated) does one RS step an iteration: set loop.steps_per_iteration=1 (now "
+            f"{loop.steps_per_iteration}), or loop.executor=colocated"
+        )
+    if loop.executor == "disaggregated" and config.rollouts.vllm_tensor_parallel > 1:
+        raise ValueError(
+            f"rollouts.vllm_tensor_parallel ({config.rollouts.vllm_tensor_parallel}) does not go with "
+            "loop.executor=disaggregated, whose shards sample in one process each: set it to 1, or "
+            "loop.executor=colocated"
+        )
+    if own.shards > config.rollouts.num_rollout_samples:
+        raise ValueError(
+            f"phases.shards ({own.shards}) must be <= rollouts.num_rollout_samples "
+            f"({config.rollouts.num_rollout_samples}), the prompts that are spread over them: lower the first or raise "
+            "the second"
+        )
+    if own.max_lost_shards >= own.shards:
+        raise ValueError(
+            f"phases.max_lost_shards ({own.max_lost_shards}) must be < phases.shards ({own.shards}): a step needs "
+            "rollouts of one at least; lower the first or raise the second"
         )
 
 

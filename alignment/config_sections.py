@@ -184,6 +184,9 @@ class JudgeSection(Section):
 
 
 class LoopSection(Section):
+    executor: Literal["colocated", "disaggregated"] = "colocated"
+    """What does an iteration: workers on the task's own node, or a Metaflow run with a task of its own for each phase
+    of the RS step (flows/rs_iteration_flow.py), on nodes of its own where `phases.run_with` says how."""
     max_steps: int = Field(10, ge=1)
     """RS steps of the run."""
     max_epochs: int | None = Field(None, ge=1)

@@ -2,9 +2,15 @@
 
 The same stage functions as the colocated worker's, cut at the same places: prompts → rollouts → scored →
 decisions → checkpoint → validation. What passes between phases is plain JSON values; `place` says where
-the step is: run_path, step, reward_model_ref, judge_ref.
+the step is: run_path, step, from_sha256 (of the checkpoint that it goes on from, "" for the base), and, once
+they are there, reward_model_ref and judge_ref. Each phase works under the `resources` of its own (`Config.in_phase`).
+
+Straggler rule: a shard that fails, is lost or exceeds its time is repeated `phases.rollouts.retries` times, by the same
+random numbers. After that it is lost; up to `phases.max_lost_shards` of them the step goes on without their prompts,
+which are never made up for, and names them in its record.
 """
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,16 +19,20 @@ from typing import Any
 
 from alignment.atomic_files import write_json
 from alignment.config import Config, parse_config
-from alignment.errors import CheckpointError, ConfigError
-from alignment.launch import run_workers
-from alignment.preparation import cache_folder, load_prompt_sets
+from alignment.errors import CheckpointError, ConfigError, WorkerError
+from alignment.launch import Gang, run_workers
+from alignment.phase_parts import Plain, rollout, sample, score, scored_rollout
+from alignment.preparation import load_prompt_sets
+from alignment.rollouts import in_prompt_order
 from alignment.run_folder import RunFolder
-from alignment.stages import begin
-from alignment.task import claim_devices, served, tested_clients
-from alignment.types import Decision, Prompt, RewardModelRef, Rollout, ScoredRollout, StepUpdate
+from alignment.stages import begin, prepare_scorers
+from alignment.step_rules import decide, step_prompts
+from alignment.task import claim_devices
+from alignment.types import Prompt
 
-Plain = dict[str, Any]
 Place = Mapping[str, Any]
+Shard = tuple[Sequence[Mapping[str, Any]], float]
+"""Rollouts of a shard, and the seconds that they took."""
 
 
 def begin_step(config: Config, run_path: str | None, run_id: str) -> Plain:
@@ -47,177 +57,183 @@ def begin_step(config: Config, run_path: str | None, run_id: str) -> Plain:
             f"the run {path} has all of its {total} RS steps: to go on, begin another with --set resume.from={path} "
             "and a larger loop.max_steps or loop.max_epochs"
         )
-    return {"run_path": path, "step": done + 1}
+    return {"run_path": path, "step": done + 1, "from_sha256": checkpoint.sha256 if checkpoint else ""}
 
 
-def sample_shard(config: Config, place: Place, shard: int, num_shards: int) -> tuple[list[Plain], float]:
-    """Rollouts of every `num_shards`-th prompt of the step by the last checkpoint's policy, and the seconds it took."""
-    from alignment.rs_step import step_prompts
+def lacks_nothing(config: Config, place: Place) -> bool:
+    """Whether the run has its reward model and judge, and the validation of the policy that the step begins with."""
+    return _run(place).scorers.exists() and not _validation_missing(config, place)
 
+
+def prepare_step(config: Config, place: Place) -> None:
+    """Make what the step needs and the run lacks: reward model, judge, the validation of the policy it begins with."""
+    prepare_scorers(config, place["run_path"])
+    if _validation_missing(config, place):
+        _validate(config, with_scorers(place), place["step"] - 1)
+
+
+def with_scorers(place: Place) -> Plain:
+    """The place with references to the run's reward model and judge, which are there."""
+    scorers = json.loads(_run(place).scorers.read_text())
+    return {**place, "reward_model_ref": scorers["reward_model"], "judge_ref": scorers["judge"]}
+
+
+def sample_shard(config: Config, place: Place, shard: int) -> tuple[list[Plain], float]:
+    """Rollouts of a shard's prompts of the step by the last checkpoint's policy, and the seconds it took."""
+    config = config.in_phase("rollouts")
+    _check_place(place)
     begun = time.monotonic()
-    prompts = step_prompts(config, load_prompt_sets(_run(place).path).train, place["step"])[shard::num_shards]
-    rollouts = _generate(
+    prompts = _shards(config, place)[shard]
+    rollouts = sample(
         config,
-        place,
+        _run(place),
         prompts,
         config.rollouts.num_rollouts_per_prompt,
         f"{config.seed}/step-{place['step']}",
         with_references=config.rollouts.references == "join",
     )
-    return [asdict(r) for r in rollouts], time.monotonic() - begun
+    seconds, tokens = time.monotonic() - begun, sum(r.num_tokens for r in rollouts)
+    print(
+        f"RS step {place['step']}, shard {shard + 1} of {config.phases.shards}: {len(rollouts)} rollouts of "
+        f"{len(prompts)} prompts, {tokens} tokens, {seconds:.1f} s"
+    )
+    return [asdict(r) for r in rollouts], seconds
 
 
-def score_shards(
-    config: Config, place: Place, shards: Sequence[tuple[Sequence[Mapping[str, Any]], float]]
-) -> tuple[list[Plain], dict[str, float]]:
-    """Rewards for the rollouts of all shards in the order of the step's prompts, and the phases' seconds so far."""
-    from alignment.rollouts import in_prompt_order
-    from alignment.rs_step import step_prompts
+def score_shards(config: Config, place: Place, shards: Sequence[Shard | None]) -> Plain:
+    """Rewards for the rollouts of all shards in the order of the step's prompts; None stands for a lost shard.
 
-    begun = time.monotonic()
-    prompts = step_prompts(config, load_prompt_sets(_run(place).path).train, place["step"])
-    ordered = in_prompt_order([_rollout(r) for rollouts, _ in shards for r in rollouts], prompts)
-    scored = [asdict(r) for r in _score(config, place, ordered, compare=True)]
-    return scored, {"rollouts": max(s for _, s in shards), "scoring": time.monotonic() - begun}
+    Returns `scored`, the phases' `seconds` so far, `scoring_server`'s statistics and `lost_prompts`, by id. Raises
+    WorkerError where more shards are lost than `phases.max_lost_shards` allows.
+    """
+
+    begun, run = time.monotonic(), _run(place)
+    lost = _lost(config, place, shards)
+    prompts = step_prompts(config, load_prompt_sets(run.path).train, place["step"])
+    found = [shard for shard in shards if shard is not None]
+    ordered = in_prompt_order([rollout(r) for rollouts, _ in found for r in rollouts], prompts)
+    scored, server = score(config.in_phase("scoring"), run, place["reward_model_ref"], ordered, step=place["step"])
+    return {
+        "scored": [asdict(r) for r in scored],
+        "seconds": {"rollouts": max(s for _, s in found), "scoring": time.monotonic() - begun},
+        "scoring_server": server,
+        "lost_prompts": lost,
+    }
 
 
 def select_and_store(config: Config, place: Place, scored: Sequence[Mapping[str, Any]]) -> list[Plain]:
     """Decisions for the scored rollouts; both are written to the run's rollouts."""
-    from alignment.rs_step import decide
-
-    rollouts = [_scored(r) for r in scored]
+    rollouts = [scored_rollout(r) for r in scored]
     decisions = decide(config, rollouts)
     _run(place).write_rollouts(place["step"], rollouts, decisions)
     return [asdict(d) for d in decisions]
 
 
 def train(
-    config: Config,
-    place: Place,
-    scored: Sequence[Mapping[str, Any]],
-    decisions: Sequence[Mapping[str, Any]],
-    seconds: Mapping[str, float],
+    config: Config, place: Place, scoring: Mapping[str, Any], decisions: Sequence[Mapping[str, Any]], gang: Gang
 ) -> Plain:
-    """Fine-tune on the selected rollouts in workers of their own; returns a reference to their checkpoint."""
-    from alignment.records import step_record
-    from alignment.triton_metrics import FIELDS
-    from models.checkpoints import last_checkpoint
-    from models.judge import load_judge
+    """Fine-tune on the selected rollouts in workers of their own, on all nodes of the gang together.
 
+    `scoring` is what `score_shards` returned. The first node returns a reference to the checkpoint, others nothing.
+    """
+    from models.checkpoints import last_checkpoint
+
+    config = config.in_phase("update")
     claim_devices(config)
-    run, step, begun = _run(place), place["step"], time.monotonic()
-    selection = run.path / "selected" / f"step-{step:06d}.json"
-    write_json(selection, [r for r, d in zip(scored, decisions, strict=True) if d["selected"]])
-    events: list[Plain] = []
+    run, step = _run(place), place["step"]
+    _check_place(place, or_done=True)
+    todo = run.path / "selected" / f"step-{step:06d}.json"
+    if gang.rank == 0:  # workers of other nodes read it once the first node's have joined them
+        write_json(todo, {**scoring, "decisions": decisions, "judge": place["judge_ref"]["uri"]})
     run_workers(
         "alignment.update_worker",
-        ["--folder", str(run.path), "--step", str(step), "--selected", str(selection)],
+        ["--folder", str(run.path), "--step", str(step), "--scored", str(todo)],
         num_workers=config.num_workers,
-        on_event=events.append,
+        on_event=_say,
         check=lambda: None,
+        gang=gang,
     )
+    if gang.rank:
+        return {}
     checkpoint = last_checkpoint(run.checkpoints)
     if checkpoint is None or checkpoint.step != step:
         raise CheckpointError(f"{run.checkpoints} holds no checkpoint of RS step {step}, which the workers just made")
-    result = StepUpdate(**next(e["update"] for e in events if e["kind"] == "update"))
-    took = {**seconds, "update": time.monotonic() - begun}
-    record = step_record(
-        step,
-        [_scored(r) for r in scored],
-        [Decision(**d) for d in decisions],
-        result,
-        took,
-        judge=load_judge(Path(place["judge_ref"]["uri"])),
-        scoring_server=dict.fromkeys(FIELDS),  # of the scoring phase, whose server may be gone by now
-    )
-    run.truncate_metrics(step - 1)
-    run.append_metrics(record)
+    todo.unlink(missing_ok=True)  # rollouts/ has it all, and for as long as the run is kept
     return asdict(checkpoint)
 
 
 def validate(config: Config, place: Place) -> Plain:
-    """The validation of the last checkpoint, where one is due; returns its means. The run gets the whole record."""
-    from alignment.over_optimisation import newest_alarms
+    """The validation of the step's policy, where one is due; returns its means. The run gets the whole record."""
+    run, step = _run(place), place["step"]
+    if not config.validates(step, _total_steps(config, run)):
+        return {}
+    recorded = [r for r in run.read_metrics() if r["kind"] == "validation" and r["step"] == step]
+    # A repeated task finds its record.
+    record = recorded[0] if recorded else _validate(config.in_phase("validation"), place, step)
+    return {key: value for key, value in record.items() if key not in ("rewards", "judged", "shadowed")}
+
+
+def _validate(config: Config, place: Place, step: int) -> Plain:
+    """Validate the last checkpoint's policy, or the base, and record it as that of RS step `step`."""
     from alignment.records import validation_record
     from models.judge import load_judge
 
     begun, run = time.monotonic(), _run(place)
-    if not config.validates(place["step"], config.total_steps(len(load_prompt_sets(run.path).train))):
-        return {}
-    rollouts = _generate(config, place, load_prompt_sets(run.path).validation, 1, f"{config.seed}/validation")
+    rollouts = sample(config, run, load_prompt_sets(run.path).validation, 1, f"{config.seed}/validation")
+    scored, _ = score(config, run, place["reward_model_ref"], rollouts)
     judge = load_judge(Path(place["judge_ref"]["uri"]))
-    record = validation_record(place["step"], _score(config, place, rollouts), judge, seconds=time.monotonic() - begun)
-    if not any(r["kind"] == "validation" and r["step"] == place["step"] for r in run.read_metrics()):
-        run.append_metrics(record)  # a retried task finds its record
-    for alarm in newest_alarms(run.read_metrics()):
-        print(f"alarm: {alarm.text}")
-    return {key: value for key, value in record.items() if key not in ("rewards", "judged", "shadowed")}
+    record = validation_record(step, scored, judge, seconds=time.monotonic() - begun)
+    run.append_metrics(record)
+    return record
 
 
-def _generate(
-    config: Config,
-    place: Place,
-    prompts: Sequence[Prompt],
-    samples_per_prompt: int,
-    stream: str,
-    *,
-    with_references: bool = False,
-) -> list[Rollout]:
-    """Rollouts by the policy of the last checkpoint, or of the base, in the order of `prompts`."""
-    import torch
-
-    from alignment.embedded import policy_folder
-    from alignment.rollout_engine import load_engine
-    from alignment.rollouts import generate, in_prompt_order
-    from alignment.rs_step import training_sampling
-    from models.checkpoints import last_checkpoint
-    from models.policy import load_policy
-
-    torch.set_num_threads(config.resources.threads)
-    checkpoint = last_checkpoint(_run(place).checkpoints)
-    source = checkpoint.uri if checkpoint else policy_folder(config.policy.model, cache_folder(config))
-    policy = load_policy(
-        source,
-        prompt_format=config.policy.prompt_format,
-        device="cuda" if config.resources.gpu else "cpu",
-        dtype=config.policy.dtype,
-    )
-    batches = generate(
-        policy,
-        prompts,
-        samples_per_prompt=samples_per_prompt,
-        sampling=training_sampling(config),
-        batch_tokens=config.rollouts.batch_tokens,
-        stream=stream,
-        with_references=with_references,
-        engine=load_engine(config, source),
-    )
-    return in_prompt_order([r for batch in batches for r in batch], prompts)
+def _validation_missing(config: Config, place: Place) -> bool:
+    run, done = _run(place), place["step"] - 1
+    return config.validates(done, _total_steps(config, run)) and done not in run.validations()
 
 
-def _score(config: Config, place: Place, rollouts: Sequence[Rollout], *, compare: bool = False) -> list[ScoredRollout]:
-    """The rollouts with rewards, from a server that lives as long as this call; `compare` those of each prompt."""
-    reward = RewardModelRef(**place["reward_model_ref"])
-    with (
-        served(config, _run(place), reward) as server,
-        tested_clients(config, _run(place), server, reward, print) as ensemble,
-    ):
-        scored = ensemble.score(rollouts)
-        return ensemble.compared(scored) if compare else scored
+def _shards(config: Config, place: Place) -> list[Sequence[Prompt]]:
+    """The step's prompts by shard: each takes every `phases.shards`-th."""
+    prompts = step_prompts(config, load_prompt_sets(_run(place).path).train, place["step"])
+    return [prompts[i :: config.phases.shards] for i in range(config.phases.shards)]
+
+
+def _lost(config: Config, place: Place, shards: Sequence[Shard | None]) -> list[str]:
+    """Ids of the prompts that lost shards leave without rollouts. Raises WorkerError where too many are lost."""
+    lost = [i for i, shard in enumerate(shards) if shard is None]
+    names, allowed = ", ".join(str(i + 1) for i in lost), config.phases.max_lost_shards
+    if len(lost) > allowed:
+        raise WorkerError(
+            f"RS step {place['step']} lost the shards {names} of {len(shards)}, more than phases.max_lost_shards "
+            f"({allowed}): their tasks say why. A resume samples all shards of the step anew"
+        )
+    prompts = [prompt.prompt_id for i in lost for prompt in _shards(config, place)[i]]
+    if lost:
+        print(f"RS step {place['step']} goes on without the shards {names} and their {len(prompts)} prompts")
+    return prompts
+
+
+def _check_place(place: Place, *, or_done: bool = False) -> None:
+    """Raise CheckpointError where the run no longer stands where the step was begun: its phases must not mix."""
+    from models.checkpoints import newest_checkpoint
+
+    newest = newest_checkpoint(_run(place).checkpoints)
+    step, sha256 = (newest.step, newest.sha256) if newest else (0, "")
+    if (step, sha256) != (place["step"] - 1, place["from_sha256"]) and not (or_done and step == place["step"]):
+        raise CheckpointError(
+            f"RS step {place['step']} was begun from another checkpoint than the newest in {place['run_path']}, that "
+            f"of RS step {step}: something else has gone on with this run meanwhile. Begin the step anew"
+        )
+
+
+def _say(event: Mapping[str, Any]) -> None:
+    if event["kind"] == "note":
+        print(event["text"])
+
+
+def _total_steps(config: Config, run: RunFolder) -> int:
+    return config.total_steps(len(load_prompt_sets(run.path).train))
 
 
 def _run(place: Place) -> RunFolder:
     return RunFolder(Path(place["run_path"]))
-
-
-def _rollout(values: Mapping[str, Any]) -> Rollout:
-    return Rollout(**_with_tuples(values))
-
-
-def _scored(values: Mapping[str, Any]) -> ScoredRollout:
-    return ScoredRollout(**_with_tuples(values))
-
-
-def _with_tuples(values: Mapping[str, Any]) -> Plain:
-    """JSON has lists where the carriers have tuples."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

@@ -1,9 +1,11 @@
 """Starting the workers of an iteration and listening to them.
 
-`torch.distributed.run` starts one process per GPU, or `resources.cpu_workers` on the CPU. They report as
-JSON lines on standard output; anything else that a library prints goes to standard error.
+`torch.distributed.run` starts one process per GPU, or `resources.cpu_workers` on the CPU, on this node alone or
+on each node of a gang. They report as JSON lines on standard output; anything else that a library prints goes to
+standard error.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -14,11 +16,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alignment import errors
 from alignment.errors import AlignmentError, WorkerError
+from alignment.one_node import LOOPBACK
 
 SOURCE_ROOT = Path(__file__).resolve().parent.parent
 """The folder that holds `alignment/`, `models/`, `infra/` and `triton_repo/`, in a checkout and in a code package."""
@@ -26,6 +30,27 @@ SOURCE_ROOT = Path(__file__).resolve().parent.parent
 TAIL_LINES = 20
 GRACE_MARGIN_S = 5.0
 """Beyond their own grace time, after which workers end themselves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gang:
+    """This node's place among those on which workers run together: `rank` of `count`, which meet at the first one.
+
+    `address` is the first node's, `port` one that is free there.
+    """
+
+    rank: int
+    count: int
+    address: str
+    port: int
+
+
+def gang_port(name: str) -> int:
+    """The port at which the nodes of a gang of this name meet: from 20000 to 29999, which Linux gives to no client.
+
+    All nodes derive it, so that none has to ask; another name, another run's or attempt's, hardly ever has the same.
+    """
+    return 20_000 + int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 10_000
 
 
 def run_workers(
@@ -36,14 +61,17 @@ def run_workers(
     on_event: Callable[[dict[str, Any]], None],
     check: Callable[[], None],
     grace_s: float = 0.0,
+    gang: Gang | None = None,
 ) -> None:
     """Run `module` on `num_workers` ranks to its end. Raises the worker's own AlignmentError, or WorkerError.
+
+    With a gang of several nodes that many ranks run on each of them; all of them call this.
 
     `check` is called every second and raises where the workers would wait in vain (a dead reward server).
     `grace_s` is how long workers may take to end when this process gives up on them, by Ctrl-C for instance.
     """
     command = [
-        *[sys.executable, "-m", "alignment.one_node", f"--shutdown-timeout={math.ceil(grace_s + GRACE_MARGIN_S)}"],
+        *[sys.executable, "-m", *_launcher(gang), f"--shutdown-timeout={math.ceil(grace_s + GRACE_MARGIN_S)}"],
         *[f"--nproc-per-node={num_workers}", "-m", module, *arguments],
     ]
     process = subprocess.Popen(
@@ -53,7 +81,7 @@ def run_workers(
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env=worker_environment(),
+        env={**worker_environment(), **(LOOPBACK if gang and gang.address == "127.0.0.1" else {})},
         start_new_session=True,  # Ctrl-C reaches the step, which then ends the workers in order
     )
     reported: list[AlignmentError] = []
@@ -79,6 +107,14 @@ def run_workers(
     if status and not stopped:  # a launcher that was told to end says so by its status
         print(*tail, sep="\n", file=sys.stderr)
         raise WorkerError(f"a worker ended with status {status}; its last lines are above. Resume continues the run")
+
+
+def _launcher(gang: Gang | None) -> list[str]:
+    """The module that starts this node's ranks, and what tells it of the other nodes."""
+    if gang is None or gang.count == 1:
+        return ["alignment.one_node"]
+    nodes = ["--nnodes", str(gang.count), "--node-rank", str(gang.rank)]
+    return ["torch.distributed.run", *nodes, "--master-addr", gang.address, "--master-port", str(gang.port)]
 
 
 def _watch(process: subprocess.Popen[str], check: Callable[[], None], reported: list[AlignmentError]) -> None:

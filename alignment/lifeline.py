@@ -6,15 +6,22 @@ hands its standard input on), so a whole tree hangs on one line. What has nothin
 worker is asked to stop and gets a grace time in which to save a checkpoint.
 """
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 ORPHANED = 113
 """Exit status of a process that ended because its owner was gone or its grace time over."""
+
+
+OVERTIME = 114
+"""Exit status of a process that ended because it took too long."""
+INTERRUPTED_S = 20.0
+"""Seconds that a group of processes gets to end after an interrupt."""
 
 
 class StopRequested(Exception):
@@ -72,6 +79,40 @@ def end_with_parent(poll_s: float = 0.5) -> None:
         os._exit(ORPHANED)
 
     threading.Thread(target=watch, name="lifeline", daemon=True).start()
+
+
+def interrupt_with_stdin() -> None:
+    """From now on, interrupt this process and its group as Ctrl-C does once its standard input ends, later by force.
+
+    For a scheduler, which has to end tasks that may run elsewhere; it must lead a session of its own.
+    """
+
+    def interrupt() -> None:
+        os.killpg(os.getpgrp(), signal.SIGINT)
+        time.sleep(INTERRUPTED_S)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    _when_stdin_ends(interrupt)
+
+
+@contextlib.contextmanager
+def end_after(seconds: float | None) -> Iterator[None]:
+    """End this process by force if the body takes longer, even where no Python code runs that could be interrupted."""
+    if seconds is None:
+        yield
+        return
+
+    def end() -> None:
+        print(f"this task has taken more than {seconds:.0f} s: it is ended", file=sys.stderr, flush=True)
+        os._exit(OVERTIME)
+
+    force = threading.Timer(seconds, end)
+    force.daemon = True
+    force.start()
+    try:
+        yield
+    finally:
+        force.cancel()
 
 
 def _when_stdin_ends(act: Callable[[], None]) -> None:

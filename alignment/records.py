@@ -21,8 +21,12 @@ def step_record(
     *,
     judge: Judge,
     scoring_server: Mapping[str, Any],
+    lost_prompts: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The RS step's line. `scoring_server` is what `triton_metrics.difference` found, or its keys with None."""
+    """The RS step's line. `scoring_server` is what `triton_metrics.difference` found, or its keys with None.
+
+    `lost_prompts` are the ids of prompts whose shard was lost; the line has them where there are any.
+    """
     judged = _judged(judge, scored)
     chosen = [i for i, d in enumerate(decisions) if d.selected]
     drawn = [i for i, r in enumerate(scored) if not r.is_reference]  # what the policy itself said
@@ -53,6 +57,7 @@ def step_record(
         "scoring_server": dict(scoring_server),
         "tokens_per_second": tokens / seconds["rollouts"],
         "prompt_ids": list(dict.fromkeys(r.prompt_id for r in scored)),
+        **({"lost_prompts": list(lost_prompts)} if lost_prompts else {}),
     }
 
 

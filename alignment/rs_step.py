@@ -7,26 +7,23 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from alignment.config import Config
-from alignment.ensemble import Ensemble, by_model
+from alignment.ensemble import Ensemble
 from alignment.errors import RewardError
 from alignment.lifeline import Stop, StopRequested
 from alignment.preparation import PromptSets
-from alignment.prompts import read_order
 from alignment.records import step_record, validation_record
 from alignment.rollouts import Lowered, generate, in_prompt_order
-from alignment.run_folder import MODEL_COLUMNS
-from alignment.selection import select
+from alignment.step_rules import decide, step_prompts
+from alignment.stored_scores import StoredScores, key, known, stored_scores
 from alignment.trainer import Trainer, train_step
 from alignment.triton_metrics import ServerWatch
-from alignment.types import Decision, Prompt, Rollout, ScoredRollout, with_reward
+from alignment.types import Prompt, Rollout, ScoredRollout
 from models.judge import Judge
 from models.sampling import Sampling
 
 Emit = Callable[[Mapping[str, Any]], None]
 
 ANOTHER = "another worker, or scoring, had to stop"
-
-StoredScores = dict[tuple[str, int, str], dict[str, Any]]
 
 T = TypeVar("T")
 
@@ -80,28 +77,6 @@ def rs_step(session: Session, step: int) -> None:
         session.emit(record)
 
 
-def step_prompts(config: Config, prompts: Sequence[Prompt], step: int) -> list[Prompt]:
-    """The prompts that RS step `step` (from 1) reads."""
-    order = read_order(
-        len(prompts), num_rollout_samples=config.rollouts.num_rollout_samples, seed=config.seed, step=step - 1
-    )
-    return [prompts[i] for i in order]
-
-
-def decide(config: Config, scored: Sequence[ScoredRollout]) -> list[Decision]:
-    """Selection by the config's rule."""
-    rule = config.selection
-    return select(
-        scored,
-        strategy=rule.strategy,
-        top_n=rule.top_n_rollouts,
-        top_k=rule.top_k,
-        min_reward=rule.min_reward,
-        truncated=rule.truncated,
-        seed=config.seed,
-    )
-
-
 def training_sampling(config: Config) -> Sampling:
     """How training and validation rollouts are drawn."""
     return Sampling(**{field.name: getattr(config.rollouts, field.name) for field in fields(Sampling)})
@@ -130,8 +105,8 @@ def _scored_share(
 ) -> tuple[list[ScoredRollout], dict[str, float]]:
     """This rank's scored rollouts. Scoring runs while the next batch generates; its seconds are those that were
     spent waiting after the last batch."""
-    trainer, stored = session.trainer, _stored_scores(session, step)
-    config = trainer.config
+    trainer = session.trainer
+    config, stored = trainer.config, stored_scores(trainer.run, session.ensemble, step)
     begun = time.monotonic()
     pending, done, tokens = [], 0, 0
     mine = trainer.share(prompts)
@@ -166,12 +141,12 @@ def _score(session: Session, batch: Sequence[Rollout], stored: StoredScores) -> 
     A score that an interrupted attempt at this step has stored is used again: the decisions of a replay
     must be those of the first attempt.
     """
-    known = [(r.prompt_id, r.rollout_index, r.response) in stored for r in batch]
-    future = session.ensemble.score_in_background([r for r, k in zip(batch, known, strict=True) if not k])
+    found = [key(r) in stored for r in batch]
+    future = session.ensemble.score_in_background([r for r, k in zip(batch, found, strict=True) if not k])
 
     def collect() -> list[ScoredRollout]:
         new = iter(_result(session, future))
-        scored = [_known(session, r, stored) if k else next(new) for r, k in zip(batch, known, strict=True)]
+        scored = [known(session.ensemble, r, stored) if k else next(new) for r, k in zip(batch, found, strict=True)]
         return session.ensemble.compared(scored)  # a batch holds all responses of its prompts
 
     return collect
@@ -182,23 +157,6 @@ def _result(session: Session, future: Future[list[ScoredRollout]]) -> list[Score
     while not wait([future], timeout=0.2).done:
         session.stop.check()
     return future.result()
-
-
-def _known(session: Session, rollout: Rollout, stored: StoredScores) -> ScoredRollout:
-    row = stored[rollout.prompt_id, rollout.rollout_index, rollout.response]
-    ensemble, by_column = session.ensemble, {column: by_model(row, column) for column in MODEL_COLUMNS}
-    return with_reward(rollout, row["reward"], model=ensemble.model_name, version=ensemble.model_version, **by_column)
-
-
-def _stored_scores(session: Session, step: int) -> StoredScores:
-    """Scores of this very step from an attempt that did not reach its checkpoint, by the same reward models."""
-    if not session.trainer.run.rollouts_file(step).exists():
-        return {}
-    return {
-        (row["prompt_id"], row["rollout_index"], row["response"]): row
-        for row in session.trainer.run.read_rollouts(step)
-        if session.ensemble.knows(row)
-    }
 
 
 def validate(session: Session, step: int) -> dict[str, Any]:

@@ -92,11 +92,14 @@ def run_iteration(
     config: Config, run_path: str, reward: dict[str, Any], judge: dict[str, Any]
 ) -> tuple[dict[str, Any], bool]:
     """The next iteration of RS steps; returns a reference to its last checkpoint and whether steps are left."""
-    from alignment.colocated import iterate
+    from alignment import colocated, inner_run
     from alignment.preparation import load_prompt_sets
 
     run = RunFolder(Path(run_path))
-    checkpoint = iterate(config, run, RewardModelRef(**reward), JudgeRef(**judge))
+    if config.loop.executor == "disaggregated":
+        checkpoint = inner_run.iterate(config, run)
+    else:
+        checkpoint = colocated.iterate(config, run, RewardModelRef(**reward), JudgeRef(**judge))
     total = config.total_steps(len(load_prompt_sets(run.path).train))
     return asdict(checkpoint), checkpoint.step < total
 

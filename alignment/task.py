@@ -44,10 +44,20 @@ def claim_devices(config: Config) -> None:
 
 def ends_at(config: Config) -> list[str]:
     """Workers' arguments for `loop.max_time_per_run`."""
+    end = _end_of_time(config)
+    return [] if end is None else ["--ends-at", str(end)]
+
+
+def time_left(config: Config) -> float | None:
+    """Seconds until `loop.max_time_per_run` is over; None where it has no bound."""
+    end = _end_of_time(config)
+    return None if end is None else end - time.time()
+
+
+def _end_of_time(config: Config) -> float | None:
+    """Unix time at which `loop.max_time_per_run` is over."""
     seconds = config.max_seconds_per_run
-    if seconds is None:
-        return []
-    return ["--ends-at", str(float(os.environ.get(COMMAND_STARTED, time.time())) + seconds)]
+    return None if seconds is None else float(os.environ.get(COMMAND_STARTED, time.time())) + seconds
 
 
 def fit_on_workers(worker: str, config: Config, folder: RunFolder, progress: FitLines) -> str | None:

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -167,11 +167,8 @@ def train_step(trainer: Trainer, selected: Sequence[Rollout], step: int) -> Step
     return result
 
 
-def save_checkpoint(trainer: Trainer, step: int, *, update: StepUpdate | None = None) -> Checkpoint | None:
-    """Write and seal the checkpoint of an RS step over all ranks; the writer gets its reference.
-
-    `update` goes into the manifest. Raises DiskError.
-    """
+def save_checkpoint(trainer: Trainer, step: int) -> Checkpoint | None:
+    """Write and seal the checkpoint of an RS step over all ranks; the writer gets its reference. Raises DiskError."""
     run, training, loop = trainer.run, trainer.config.training, trainer.config.loop
     staging = staging_folder(run.checkpoints, step)
     with removed_if_failed(staging):
@@ -192,7 +189,6 @@ def save_checkpoint(trainer: Trainer, step: int, *, update: StepUpdate | None = 
                 details={
                     "ranks": trainer.ranks.world_size,
                     "zero_stage": training.zero_stage,
-                    "update": asdict(update) if update else None,
                     **provenance(run, trainer.config, step, trainer.base),
                 },
             )

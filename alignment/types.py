@@ -173,7 +173,7 @@ class StepUpdate:
     """One RS step's fine-tuning: sums over its optimizer steps.
 
     `loss` is nats per response token, a KL penalty included; `kl` is the KL to the base of the texts trained on, nats
-    per response token, None without a penalty; manifests from before there was one do not name it. `grad_norm` is the
+    per response token, None without a penalty. `grad_norm` is the
     largest norm before clipping, `lr` the rate used.
     An empty selection gives `optimizer_steps` 0 and no loss.
     """

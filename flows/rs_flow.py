@@ -5,6 +5,8 @@ from sources import CONFIG_HELP, DEFAULT_PRESET, PACKAGED, SUFFIXES, main, parse
 from metaflow import Config, FlowSpec, config_expr, current, package_sources, resources, step
 
 GPU, CPU, MEMORY = (config_expr(f"config.resources.{name}") for name in ("gpu", "cpu", "memory"))
+OWN_GPU = config_expr("config.resources.gpu if config.loop.executor == 'colocated' else 0")
+"""Of the step that loops: the disaggregated executor's phases have GPUs of their own."""
 
 
 @package_sources(PACKAGED, suffixes=SUFFIXES)
@@ -46,7 +48,7 @@ class RSFlow(FlowSpec):
         tag("reward_model:{name}/{version}".format(**self.reward_model_ref))
         self.next(self.iterate)
 
-    @resources(gpu=GPU, cpu=CPU, memory=MEMORY)
+    @resources(gpu=OWN_GPU, cpu=CPU, memory=MEMORY)
     @step
     def iterate(self):
         """One iteration of RS steps from the last checkpoint; loops to itself until all steps are done."""

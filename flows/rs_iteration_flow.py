@@ -1,75 +1,116 @@
 """One RS step with each phase as a Metaflow step: `python flows/rs_iteration_flow.py run --run_path runs/NAME`.
 
-Without `--run_path` it begins a run of its own.
+Without `--run_path` it begins a run of its own. RSFlow runs it for each RS step where loop.executor is disaggregated.
 """
 
 from sources import CONFIG_HELP, DEFAULT_PRESET, PACKAGED, SUFFIXES, main, parse_preset, task, typed  # isort: skip
 
-from metaflow import Config, FlowSpec, Parameter, config_expr, current, package_sources, resources, step
+from metaflow import (
+    Config,
+    FlowSpec,
+    Parameter,
+    StepMutator,
+    config_expr,
+    current,
+    package_sources,
+    parallel,
+    resources,
+    retry,
+    step,
+    timeout,
+)
 
-GPU, CPU, MEMORY = (config_expr(f"config.resources.{name}") for name in ("gpu", "cpu", "memory"))
+
+def phase(name):
+    """@resources, @retry and @timeout of a phase, as the config has them."""
+
+    def of(key):
+        return config_expr(f"typed(config).{key}")
+
+    def decorated(function):
+        asked = {key: of(f"in_phase({name!r}).resources.{key}") for key in ("gpu", "cpu", "memory")}
+        limited = timeout(seconds=of(f"phases.{name}.timeout_s"))(function)
+        return resources(**asked)(retry(times=of(f"phases.{name}.retries"))(limited))
+
+    return decorated
+
+
+class may_be_lost(StepMutator):
+    """@catch where phases.max_lost_shards lets a step go on without some shards; else a lost one can be resumed."""
+
+    def mutate(self, mutable_step):
+        if mutable_step.flow.config.phases.max_lost_shards:
+            mutable_step.add_decorator("catch", deco_kwargs={"var": "lost"})
 
 
 @package_sources(PACKAGED, suffixes=SUFFIXES)
 class RSIterationFlow(FlowSpec):
     """One RS step of a run, phase by phase, so that each phase may have nodes of its own.
 
-    start         the run folder and the step to do
-    reward_model  the run's reward model and judge
-    rollouts      sample a shard of the step's prompts (foreach shard)
-    scoring       score the rollouts of all shards
-    selection     decide which are kept, and write both down
-    update        fine-tune on the kept ones, save a checkpoint
-    validation    score the new policy on the validation prompts
-    end           say how it went
+    start        the run folder and the step to do
+    preparation  where the run lacks them: reward model, judge, the validation of the policy that the step begins with
+    sharding     name the shards
+    rollouts     sample a shard of the step's prompts (foreach shard)
+    scoring      score the rollouts of all shards
+    selection    decide which are kept, and write both down
+    update       fine-tune on the kept ones, save a checkpoint (a gang of phases.update_nodes)
+    validation   score the new policy on the validation prompts
+    end          say how it went
     """
 
     config = Config("config", default=DEFAULT_PRESET, parser=parse_preset, help=CONFIG_HELP)
     run_path = Parameter("run_path", default="", help="run folder to go on with; empty begins a new one")
-    shards = Parameter("shards", default=2, help="tasks that the step's prompts are spread over")
 
     @step
     def start(self):
         """Find or begin the run; name the step to do."""
-        from alignment.disaggregated import begin_step
+        from alignment.disaggregated import begin_step, lacks_nothing
 
         with task():
             self.place = begin_step(typed(self.config), self.run_path or None, current.run_id)
-        self.next(self.reward_model)
+            self.ready = "yes" if lacks_nothing(typed(self.config), self.place) else "no"
+        self.next({"yes": self.sharding, "no": self.preparation}, condition="ready")
 
-    @resources(gpu=GPU, cpu=CPU, memory=MEMORY)
+    @resources(**{key: config_expr(f"config.resources.{key}") for key in ("gpu", "cpu", "memory")})
     @step
-    def reward_model(self):
-        """Train the run's reward model and judge, unless it has them."""
-        from alignment.stages import prepare_scorers
+    def preparation(self):
+        """Make what the run lacks: reward model, judge, the validation of the policy that the step begins with."""
+        from alignment.disaggregated import prepare_step
 
         with task():
-            reward, judge = prepare_scorers(typed(self.config), self.place["run_path"])
-        self.place = {**self.place, "reward_model_ref": reward, "judge_ref": judge}
-        self.shard_indices = list(range(self.shards))
-        self.next(self.rollouts, foreach="shard_indices")
+            prepare_step(typed(self.config), self.place)
+        self.next(self.sharding)
 
-    @resources(gpu=GPU, cpu=CPU, memory=MEMORY)
+    @step
+    def sharding(self):
+        """Name the shards and who scores them."""
+        from alignment.disaggregated import with_scorers
+
+        self.place = with_scorers(self.place)
+        self.shards = list(range(self.config.phases.shards))
+        self.next(self.rollouts, foreach="shards")
+
+    @may_be_lost
+    @phase("rollouts")
     @step
     def rollouts(self):
         """Sample this shard of the step's prompts."""
         from alignment.disaggregated import sample_shard
 
-        with task():
-            self.sampled, self.seconds = sample_shard(typed(self.config), self.place, self.input, self.shards)
+        with task(self.config.phases.rollouts.timeout_s):
+            self.sampled = sample_shard(typed(self.config), self.place, self.input)
         self.next(self.scoring)
 
-    @resources(cpu=CPU, memory=MEMORY)
+    @phase("scoring")
     @step
     def scoring(self, inputs):
-        """Score the rollouts of all shards; needs no GPU."""
+        """Score the rollouts of all shards."""
         from alignment.disaggregated import score_shards
 
         self.merge_artifacts(inputs, include=["place"])
-        with task():
-            self.scored, self.seconds = score_shards(
-                typed(self.config), self.place, [(i.sampled, i.seconds) for i in inputs]
-            )
+        shards = [None if getattr(shard, "lost", None) else shard.sampled for shard in inputs]
+        with task(self.config.phases.scoring.timeout_s):
+            self.scored = score_shards(typed(self.config), self.place, shards)
         self.next(self.selection)
 
     @step
@@ -78,26 +119,32 @@ class RSIterationFlow(FlowSpec):
         from alignment.disaggregated import select_and_store
 
         with task():
-            self.decisions = select_and_store(typed(self.config), self.place, self.scored)
-        self.next(self.update)
+            self.decisions = select_and_store(typed(self.config), self.place, self.scored["scored"])
+        self.next(self.update, num_parallel=self.config.phases.update_nodes)
 
-    @resources(gpu=GPU, cpu=CPU, memory=MEMORY)
+    @phase("update")
+    @parallel
     @step
     def update(self):
-        """Fine-tune on the kept rollouts and save a checkpoint."""
+        """Fine-tune on the kept rollouts, on all nodes of the gang together, and save a checkpoint."""
         from alignment.disaggregated import train
+        from alignment.launch import Gang, gang_port
 
-        with task():
-            self.checkpoint = train(typed(self.config), self.place, self.scored, self.decisions, self.seconds)
+        here, attempt = current.parallel, f"{current.run_id}/{current.retry_count}"
+        gang = Gang(here.node_index, here.num_nodes, here.main_ip, gang_port(attempt))
+        with task(self.config.phases["update"].timeout_s):  # by brackets: a mapping has a method of that name
+            self.checkpoint = train(typed(self.config), self.place, self.scored, self.decisions, gang)
         self.next(self.validation)
 
-    @resources(gpu=GPU, cpu=CPU, memory=MEMORY)
+    @phase("validation")
     @step
-    def validation(self):
+    def validation(self, inputs):
         """Score the new policy on the validation prompts, where loop.val_check_interval says so."""
         from alignment.disaggregated import validate
 
-        with task():
+        self.merge_artifacts(inputs, include=["place"])
+        self.checkpoint = next(node.checkpoint for node in inputs if node.checkpoint)
+        with task(self.config.phases.validation.timeout_s):
             self.validated = validate(typed(self.config), self.place)
         self.next(self.end)
 

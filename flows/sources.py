@@ -35,6 +35,10 @@ INPUTS = (
     *(("evaluation", "model"), ("evaluation", "base"), ("evaluation", "prompts"), ("evaluation", "lm_eval_tasks")),
 )
 """Fields that may name local files."""
+OVERTIME_S = 15.0
+"""Seconds beyond its time limit after which a step is ended by force."""
+WATCH_STDIN = "--watch-stdin"
+"""Option of a flow that another run's step starts: end when standard input ends, as it does with that step."""
 DEFAULT_PRESET = str(SOURCE_ROOT / "configs" / "imdb_sentiment.yaml")
 
 if str(SOURCE_ROOT) not in sys.path:
@@ -102,12 +106,16 @@ def plain_errors() -> Iterator[None]:
 
 
 @contextmanager
-def task() -> Iterator[None]:
-    """Around a step's work: plain errors, and an end with Metaflow's scheduler, `kill -9` of that included."""
-    from alignment.lifeline import end_with_parent
+def task(timeout_s: float | None = None) -> Iterator[None]:
+    """Around a step's work: plain errors, and an end with Metaflow's scheduler, `kill -9` of that included.
+
+    With `timeout_s` also an end by force a little later: Metaflow's @timeout raises an exception in the step, which
+    never arrives in one that hangs outside Python, and it leaves the first task of a gang alone.
+    """
+    from alignment.lifeline import end_after, end_with_parent
 
     end_with_parent()
-    with plain_errors():
+    with plain_errors(), end_after(timeout_s and timeout_s + OVERTIME_S):
         yield
 
 
@@ -155,6 +163,11 @@ def fold_overrides(arguments: Sequence[str]) -> list[str]:
 
 def main(flow: Callable[[], object]) -> None:
     """Run a flow's command line."""
+    from alignment.lifeline import interrupt_with_stdin
+
+    if WATCH_STDIN in sys.argv:
+        sys.argv.remove(WATCH_STDIN)
+        interrupt_with_stdin()
     os.environ.setdefault("RS_COMMAND_STARTED", str(time.time()))  # what loop.max_time_per_run counts from
     sys.argv[1:] = fold_overrides(sys.argv[1:])
     flow()

@@ -20,14 +20,16 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
 
 from alignment.atomic_files import disk_errors, settle_files, sync_folder, write_text
 from alignment.errors import CheckpointError, DiskError
 from alignment.types import Checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = 1
 """Version of the layout above; another one is refused."""
@@ -81,7 +83,7 @@ def removed_if_failed(staging: Path) -> Iterator[None]:
         raise
 
 
-def write_optimizer_state(staging: Path, rank: int, state: Mapping[str, Tensor]) -> None:
+def write_optimizer_state(staging: Path, rank: int, state: "Mapping[str, Tensor]") -> None:
     """One rank's optimizer tensors. Raises DiskError."""
     from safetensors.torch import save_file
 
@@ -91,7 +93,7 @@ def write_optimizer_state(staging: Path, rank: int, state: Mapping[str, Tensor])
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
 
 
-def read_optimizer_state(checkpoint: Path, rank: int) -> dict[str, Tensor]:
+def read_optimizer_state(checkpoint: Path, rank: int) -> "dict[str, Tensor]":
     """One rank's optimizer tensors. Raises CheckpointError where the file is missing or damaged."""
     from safetensors.torch import load_file
 

@@ -244,7 +244,8 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     if right.dtype == torch.float32 or right.device.type == "cpu":
         return torch.matmul(left.float(), right.float())
     product = torch.bmm(left.flatten(0, 1).to(right.dtype), right.flatten(0, 1), out_dtype=torch.float32)
-    return product.unflatten(0, left.shape[:2])
+    made: Tensor = product.unflatten(0, left.shape[:2])
+    return made
 
 
 def _slots(like: Tensor, room: Room) -> Tensor:

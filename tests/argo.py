@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from flow_runs import ROOT, SMOKE, Place
 
 
@@ -39,6 +41,15 @@ def s3_stand_in() -> Iterator[dict[str, str]]:
         }
     finally:
         server.stop()
+
+
+def container(template: dict[str, Any]) -> dict[str, Any] | None:
+    """What a template runs, if anything: a gang's nodes are jobs of a JobSet, the first of which is its control."""
+    if "resource" not in template:
+        return template.get("container")
+    manifest = template["resource"]["manifest"].replace("{{=asInt(inputs.parameters.workerCount)}}", "0")
+    control = yaml.safe_load(manifest)["spec"]["replicatedJobs"][0]
+    return control["template"]["spec"]["template"]["spec"]["containers"][0]
 
 
 def compiled(flow: str, *arguments: str, environment: dict[str, str]) -> dict[str, Any]:

@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 import pytest
 
 import config_effects as see
+import phase_effects as phases
 import sft_effects as sft
 from alignment.config import Config, apply_overrides, load_config, parse_config, validate_config
+from alignment.config_sections import Section
 from alignment.errors import ConfigError
 from flow_runs import ROOT, SMOKE, Place
 
+VLLM = ("rollouts.engine=vllm", "resources.gpu=2")
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -50,6 +53,9 @@ def test_an_unknown_key_is_refused_and_the_known_ones_are_listed() -> None:
         "training.learning_rate ('1e-4'): unknown key; known here: lr, lr_schedule, warmup_steps, min_lr, constant"
     )
     assert "known here: seed, run, resume, policy, prompts, rollouts, selection" in message("trainning.lr=1")
+    assert message("phases.update.gpus=1").startswith(
+        "phases.update.gpus (1): unknown key; known here: gpu, cpu, memory, retries, timeout_s"
+    )
 
 
 def test_a_config_that_is_none_is_named(tmp_path: Path) -> None:
@@ -185,6 +191,26 @@ def test_each_bad_value_is_one_line_with_key_value_and_remedy() -> None:
             ["reward_ensemble.shadows=[reward_model]"],
             "reward_ensemble.shadows names reward_model, which scores already: take it out, or name another version",
         ),
+        (
+            ["loop.executor=disaggregated"],
+            "loop.executor (disaggregated) does one RS step an iteration: set loop.steps_per_iteration=1 (now 2), or "
+            "loop.executor=colocated",
+        ),
+        (
+            ["loop.executor=disaggregated", "loop.steps_per_iteration=1", *VLLM, "rollouts.vllm_tensor_parallel=2"],
+            "rollouts.vllm_tensor_parallel (2) does not go with loop.executor=disaggregated, whose shards sample in "
+            "one process each: set it to 1, or loop.executor=colocated",
+        ),
+        (
+            ["phases.shards=5"],
+            "phases.shards (5) must be <= rollouts.num_rollout_samples (4), the prompts that are spread over them: "
+            "lower the first or raise the second",
+        ),
+        (
+            ["phases.shards=2", "phases.max_lost_shards=2"],
+            "phases.max_lost_shards (2) must be < phases.shards (2): a step needs rollouts of one at least; lower the "
+            "first or raise the second",
+        ),
         (["reward.url=localhost"], "reward.url (localhost) must be host:port of Triton's gRPC endpoint"),
     ],
 )
@@ -205,6 +231,15 @@ def test_the_edges_of_those_checks_are_accepted() -> None:
     load_config(SMOKE, ["selection.strategy=random_k_overall", "selection.top_k=1", "selection.top_n_rollouts=9"])
 
 
+def test_a_phase_has_the_resources_of_all_steps_but_for_its_own() -> None:
+    config = load_config(SMOKE, ["resources.gpu=8", "phases.update.cpu=9", "phases.validation.memory=7000"])
+    asked = [config.in_phase(name).resources for name in ("rollouts", "scoring", "update", "validation")]
+    assert [(r.gpu, r.cpu, r.memory) for r in asked] == [(1, 1, 4000), (0, 1, 4000), (8, 9, 4000), (1, 1, 7000)]
+    assert config.in_phase("update").num_workers == 8
+    own = load_config(SMOKE, ["phases.update.gpu=2", "phases.scoring.cpu=2", "phases.rollouts.gpu=0"])
+    assert [own.in_phase(name).resources.gpu for name in ("rollouts", "scoring", "update")] == [0, 0, 2]
+
+
 def test_overrides_are_read_as_yaml_and_leave_the_preset_alone() -> None:
     preset = {"training": {"lr": 1.0}, "seed": 3}
     words = ["training.lr=1e-6", "training.beta1=.5", "seed=4", "reward_training.train=null", "run.root=/data/a=b"]
@@ -223,6 +258,8 @@ def test_overrides_are_read_as_yaml_and_leave_the_preset_alone() -> None:
             apply_overrides({}, [wrong])
     with pytest.raises(ConfigError, match=r"--set seed\.x=1: seed is not a section"):
         apply_overrides(preset, ["seed.x=1"])
+    deep = apply_overrides({"phases": {"rollouts": {"cpu": 2}}}, ["phases.rollouts.gpu=1", "phases.scoring.cpu=4"])
+    assert deep == {"phases": {"rollouts": {"cpu": 2, "gpu": 1}, "scoring": {"cpu": 4}}}
     merged = apply_overrides(preset, ["training={beta1: 0.5}"])
     assert merged["training"] == {"lr": 1.0, "beta1": 0.5}  # a section changes what it names
 
@@ -246,7 +283,8 @@ def test_a_section_that_stands_there_twice_is_refused() -> None:
 
 def test_every_field_is_explained() -> None:
     texts = [
-        (ROOT / "alignment" / f"{name}.py").read_text() for name in ("config", "config_sections", "config_training")
+        (ROOT / "alignment" / f"{name}.py").read_text()
+        for name in ("config", "config_phases", "config_sections", "config_training")
     ]
     classes = [node for text in texts for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
     explained = set()
@@ -259,16 +297,24 @@ def test_every_field_is_explained() -> None:
             explained.add((section.name, ast.unparse(field.target)))
     sections = [info.annotation for name, info in Config.model_fields.items() if name != "seed"]
     for cls in sections:  # a field may be explained in the section that another one is made from
-        for name in cls.model_fields:  # type: ignore[union-attr]
+        for name, info in cls.model_fields.items():  # type: ignore[union-attr]
+            if is_section(info.annotation):
+                sections.append(info.annotation)
+                continue
             assert any((base.__name__, name) in explained for base in cls.__mro__), f"{cls}.{name}"  # type: ignore[union-attr]
 
 
-def fields() -> set[str]:
+def is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def fields(section: type[Section] = Config, within: str = "") -> set[str]:
     """Every field of the config as section.field."""
-    nested = {name: info.annotation.model_fields for name, info in Config.model_fields.items() if name != "seed"}  # type: ignore[union-attr]
-    return {"seed"} | {
-        f"{section}.{field.alias or name}" for section, fs in nested.items() for name, field in fs.items()
-    }
+    found: set[str] = set()
+    for own, info in section.model_fields.items():
+        name = within + (info.alias or own)
+        found |= fields(info.annotation, f"{name}.") if is_section(info.annotation) else {name}  # type: ignore[arg-type]
+    return found
 
 
 UNSTATED = object()
@@ -284,7 +330,6 @@ class Effect(NamedTuple):
 
 
 THREE_STEPS = "loop.steps_per_iteration=3"
-VLLM = ("rollouts.engine=vllm", "resources.gpu=2")
 MEMORY = ("resources.memory=8000",)  # Metaflow raises what is below its own default for Kubernetes
 
 
@@ -456,6 +501,22 @@ EFFECTS = {
     "loop.keep_best": Effect(
         3, see.saved_steps, [f"step-00000{i}" for i in (1, 2, 3)], ("loop.val_check_interval=1", THREE_STEPS)
     ),
+    "loop.executor": Effect("disaggregated", phases.executor, "inner_run", ("loop.steps_per_iteration=1",)),
+    **{
+        f"phases.{phase}.{field}": Effect(value, phases.asked(phase, decorator, attribute), value)
+        for phase in ("rollouts", "scoring", "update", "validation")
+        for field, value, decorator, attribute in (
+            ("gpu", 1, "resources", "gpu"),
+            ("cpu", 3, "resources", "cpu"),
+            ("memory", 12345, "resources", "memory"),
+            ("retries", 3, "retry", "times"),
+            ("timeout_s", 90, "timeout", "seconds"),
+        )
+    },
+    "phases.shards": Effect(3, phases.shard_sizes, [2, 1, 1]),
+    "phases.max_lost_shards": Effect(1, phases.without_a_shard, 1, ("phases.shards=4",)),
+    "phases.update_nodes": Effect(2, phases.update_nodes, 2),
+    "phases.run_with": Effect(["kubernetes"], phases.inner_command("--with"), ["kubernetes"]),
     "validation.num_prompts": Effect(4, see.num_prompts("validation"), 4),
     "evaluation.num_prompts": Effect(10, see.num_prompts("evaluation"), 10),
     "evaluation.best_of_n": Effect(2, see.samples_per_prompt, [3]),

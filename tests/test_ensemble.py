@@ -21,9 +21,10 @@ from alignment.errors import ConfigError
 from alignment.judge_stage import prepare_judge
 from alignment.records import validation_record
 from alignment.report_page import _model_charts
-from alignment.rs_step import _score, _stored_scores
+from alignment.rs_step import _score
 from alignment.run_folder import COLUMNS, RunFolder
 from alignment.selection import select
+from alignment.stored_scores import stored_scores
 from alignment.types import RewardModelRef, Rollout
 from flow_runs import SMOKE
 from infra.triton import main
@@ -175,15 +176,15 @@ def test_a_replay_uses_the_scores_of_the_same_models_and_asks_for_the_others(com
     first = models()
     run = stored(tmp_path, first, "abc")
     again = session(run, models())
-    replayed = _score(again, rollouts("abc"), _stored_scores(again, 1))()
+    replayed = _score(again, rollouts("abc"), stored_scores(again.trainer.run, again.ensemble, 1))()
     assert replayed == first.compared(first.score(rollouts("abc")))
     assert [client.asked for client in again.ensemble.clients] == [[], [], []]
     # One response more: it alone is asked for, and a vote is again over all four.
-    replayed = _score(again, rollouts("abcd"), _stored_scores(again, 1))()
+    replayed = _score(again, rollouts("abcd"), stored_scores(again.trainer.run, again.ensemble, 1))()
     assert replayed == first.compared(first.score(rollouts("abcd")))
     assert [client.asked for client in again.ensemble.clients] == [[["d"]]] * 3
-    assert _stored_scores(session(run, models(shadow_version="2")), 1) == {}
-    assert _stored_scores(session(run, ensemble(Client("a", 3.0, 1.0, 2.0))), 1) == {}
+    assert stored_scores(run, models(shadow_version="2"), 1) == {}
+    assert stored_scores(run, ensemble(Client("a", 3.0, 1.0, 2.0)), 1) == {}
 
 
 def test_the_columns_are_there_only_where_several_models_score(tmp_path: Path) -> None:
@@ -226,15 +227,18 @@ def test_a_shadow_never_changes_a_decision(tmp_path: Path) -> None:
 
 def test_both_executors_store_the_same_scores_and_decisions(tmp_path: Path) -> None:
     names = ["reward_ensemble.members={reward_model: 1, other: 0.5}", "reward_ensemble.shadows=[strict]"]
-    config = effect_config(tmp_path, *names, "reward_ensemble.combine=vote", "reward.url=127.0.0.1:9")
+    config = effect_config(
+        tmp_path, *names, "reward_ensemble.combine=vote", "reward.url=127.0.0.1:9", "phases.shards=2"
+    )
     prepare_judge(config, tmp_path / "judge", lambda _: None)
     colocated = see.run_iteration(config)
     run = see.new_run(config)
     see.write_scorers(config, run)
-    place = {"run_path": str(run.path), "step": 1, "reward_model_ref": asdict(see.reference(config))}
-    shards = [disaggregated.sample_shard(config, place, i, 2) for i in range(2)]
+    place = {"run_path": str(run.path), "step": 1, "from_sha256": ""}
+    place["reward_model_ref"] = asdict(see.reference(config))
+    shards = [disaggregated.sample_shard(config, place, i) for i in range(2)]
     with patch("alignment.scoring.RewardClient", see.RewardClientStandIn):
-        scored, _ = disaggregated.score_shards(config, place, json.loads(json.dumps(shards)))
+        scored = disaggregated.score_shards(config, place, json.loads(json.dumps(shards)))["scored"]
     disaggregated.select_and_store(config, place, json.loads(json.dumps(scored)))
     assert run.read_rollouts(1) == colocated.rows
     best = max(colocated.rows, key=lambda row: row["reward"])

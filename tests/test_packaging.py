@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from alignment.config import load_config, parse_config
-from argo import compiled, s3_stand_in
+from argo import compiled, container, s3_stand_in
 from flow_runs import ROOT, SMOKE, Finished, Place
 
 NEEDED = (
@@ -97,8 +97,11 @@ def test_argo_workflows_compiles_the_flow(flow: str, steps: set[str], with_gpus:
     with s3_stand_in() as environment:
         workflow = compiled(flow, "--set", "resources.gpu=8", environment=environment)
     assert workflow["kind"] == "WorkflowTemplate"
-    containers = {t["name"]: t["container"] for t in workflow["spec"]["templates"] if "container" in t}
+    found = {template["name"]: container(template) for template in workflow["spec"]["templates"]}
+    containers = {name: one for name, one in found.items() if one is not None}
     assert steps <= set(containers)
     gpus = {name: containers[name]["resources"]["limits"].get("nvidia.com/gpu") for name in steps}
-    assert {name for name, count in gpus.items() if count == "8"} == with_gpus
+    assert {name for name, count in gpus.items() if count not in (None, "0")} == with_gpus
+    assert {gpus[name] for name in with_gpus & {"rollouts", "validation"}} <= {"1"}  # which sample in one process
+    assert {gpus[name] for name in with_gpus - {"rollouts", "validation"}} <= {"8"}
     assert not any(str(ROOT) in word for c in containers.values() for word in c["command"])

@@ -1,0 +1,33 @@
+"""What a run's events are passed on to, whichever executor made them: lines, a file for Prometheus, W&B, the alarm."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from alignment.over_optimisation import newest_alarms
+from alignment.progress import ProgressLines
+from alignment.run_folder import RunFolder
+from alignment.run_metrics import RunProgress, after, write_progress
+from alignment.tracking import Tracker
+
+
+def listener(run: RunFolder, wandb_run: Tracker, *, done: int, total: int) -> Callable[[Mapping[str, Any]], None]:
+    """What takes each event of a run as it comes, of which `done` RS steps of `total` are behind it."""
+    lines, shown = ProgressLines(total), RunProgress(done, total, time.time())
+    write_progress(run, shown)
+
+    def listen(event: Mapping[str, Any]) -> None:
+        nonlocal shown
+        lines.update(event)
+        before, shown = shown, after(shown, event, time.time())
+        if shown is not before:
+            write_progress(run, shown)
+        if event["kind"] == "step":
+            wandb_run.log_step(event)
+        elif event["kind"] == "validation":
+            wandb_run.log_validation(event)
+            for alarm in newest_alarms(run.read_metrics()):
+                lines.update({"kind": "note", "text": f"alarm: {alarm.text}"})
+                wandb_run.alert(alarm)
+
+    return listen
