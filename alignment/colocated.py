@@ -37,6 +37,8 @@ def iterate(config: Config, run: RunFolder, reward: RewardModelRef, judge: Judge
 
         def on_event(event: dict[str, Any]) -> None:
             progress.update(event)
+            if event["kind"] in ("step", "validation", "checkpoint"):
+                run.send()
             if event["kind"] == "ready":
                 work_begins()
             if event["kind"] == "step":

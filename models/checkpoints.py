@@ -221,7 +221,7 @@ def prune(
     CheckpointError where it is not whole.
     """
     folders = finished(checkpoints)
-    kept = {*folders[-keep_last:], *_by_validation(folders, validations or {})[:keep_best]}
+    kept = kept_folders(folders, keep_last=keep_last, keep_best=keep_best, validations=validations)
     doomed = [folder for folder in folders if folder not in kept]
     if doomed:
         verify(folders[-1])
@@ -229,6 +229,13 @@ def prune(
         (folder / "DONE").unlink()  # first, so that a half-removed folder is no checkpoint
         shutil.rmtree(folder)
     return doomed
+
+
+def kept_folders(
+    folders: Sequence[Path], *, keep_last: int, keep_best: int, validations: Mapping[int, float] | None = None
+) -> set[Path]:
+    """Of checkpoint folders, oldest first, those that `prune` keeps; their names are all that is looked at."""
+    return {*folders[-keep_last:], *_by_validation(folders, validations or {})[:keep_best]}
 
 
 def sweep(checkpoints: Path) -> None:
