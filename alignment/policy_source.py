@@ -135,7 +135,7 @@ def _of_a_run_in_s3(uri: str, folder: Path, storage: RunSection) -> PolicySource
     """A checkpoint, whose run need not lie where it was."""
     from models.checkpoints import verify
 
-    verified = verify(folder)
+    verified = verify(folder, name=uri.rpartition("/")[2])
     checkpoint = Checkpoint(uri, verified.sha256, verified.step)
     in_run = re.fullmatch(r"(s3://.+)/checkpoints/step-\d+", uri)
     run = find_run("", in_run[1]) if in_run else None
@@ -171,11 +171,9 @@ def _fetched(uri: str, storage: RunSection, key: str, on_note: OnNote | None) ->
     objects = [] if done else list_objects(f"{uri}/")
     if done is None and not objects:
         raise ModelError(f"{key} ({uri}): there is nothing of that name; check the bucket and the prefix")
-    listed = "\n".join(f"{stored.uri} {stored.size} {stored.sha256}" for stored in objects)
+    listed = "\n".join(f"{stored.uri} {stored.size} {stored.etag}" for stored in objects)
     digest = done[0].decode().strip() if done else hashlib.sha256(listed.encode()).hexdigest()
-    if on_note is not None:
-        on_note(f"{key}: {uri} is loaded from this node's copy")
-    return _HELD.enter_context(cached_folder(uri, digest, round(storage.cache_limit_gb * 1e9)))
+    return _HELD.enter_context(cached_folder(uri, digest, round(storage.cache_limit_gb * 1e9), on_note=on_note))
 
 
 def _check_whole_model(folder: Path, what: str, uri: str) -> None:

@@ -8,11 +8,13 @@ import contextlib
 import hashlib
 import json
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from alignment.atomic_files import disk_errors
 from alignment.config_sections import RunSection
 from alignment.errors import ModelError, StorageConflict
 from alignment.s3 import is_s3
@@ -118,6 +120,7 @@ def export_place(repository: str, name: str) -> Iterator[tuple[Path, Claim | Non
     if not is_s3(repository):
         yield Path(repository), None
         return
+    from alignment.model_cache import cache_root
     from alignment.s3_folders import push_folder
 
     claimed: list[str] = []
@@ -126,7 +129,10 @@ def export_place(repository: str, name: str) -> Iterator[tuple[Path, Claim | Non
         claimed.append(_claim_in_s3(repository, folder.name))
         return claimed[-1]
 
-    with tempfile.TemporaryDirectory(prefix="export-") as place:
+    exports = cache_root() / "exports"  # the place of temporary folders may be short of space
+    with disk_errors(exports):
+        exports.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=exports) as place:
         local, config = Path(place), read_bytes(f"{repository}/{name}/config.pbtxt")
         if config is not None:  # kept as it is, since users tune it
             (local / name).mkdir()
@@ -147,7 +153,7 @@ def _claim_in_s3(repository: str, name: str) -> str:
     number = max(taken, default=0) + 1
     while True:
         try:
-            write_bytes(f"{repository}/{name}/.claims/{number}", b"taken", if_absent=True)
+            write_bytes(f"{repository}/{name}/.claims/{number}", uuid.uuid4().hex.encode(), if_absent=True)
             return str(number)
         except StorageConflict:
             number += 1

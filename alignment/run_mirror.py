@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.atomic_files import disk_errors, write_json
-from alignment.errors import StorageConflict
+from alignment.errors import DataError, StorageConflict
 from alignment.run_folder import RunFolder
 from alignment.s3_folders import pull_folder, push_folder
 from alignment.s3_objects import delete_objects, list_objects, read_bytes, write_bytes
@@ -175,9 +175,10 @@ class RunMirror:
             left = [stored.uri for stored in list_objects(uri + "/") if stored.uri.removeprefix(f"{uri}/") not in files]
             delete_objects(left)  # of a writer that was lost before it came to DONE
             push_folder(folder, uri, last=(), only=lambda name: name != "DONE", on_note=self.on_note)
-            if not (folder / "DONE").exists():
-                raise FileNotFoundError
-        except FileNotFoundError:  # pruned while it was sent: what came after it is whole
+        except (FileNotFoundError, DataError):
+            if (folder / "DONE").exists():
+                raise
+        if not (folder / "DONE").exists():  # pruned while it was sent: what came after it is whole
             delete_objects([stored.uri for stored in list_objects(uri + "/")])
             return
         try:

@@ -22,7 +22,7 @@ from alignment.run_folder import RunFolder, check_id
 from alignment.run_folder import create as create_folder
 from alignment.run_mirror import Names, Note, RunMirror, Sender
 from alignment.s3 import is_s3, parse_uri
-from alignment.s3_objects import read_bytes, write_bytes
+from alignment.s3_objects import list_objects, read_bytes, require_place, write_bytes
 from alignment.s3_pointers import move_pointer, read_pointer
 
 TRIES = 8
@@ -47,7 +47,7 @@ def local_place(run: RunSection, uri: str) -> Path:
 
 def child(root: str, *names: str) -> str:
     """The path or URI of what lies below a root."""
-    return "/".join((root.rstrip("/"), *names)) if is_s3(root) else str(Path(root, *names))
+    return "/".join((parse_uri(root).uri.rstrip("/"), *names)) if is_s3(root) else str(Path(root, *names))
 
 
 def create(run: RunSection, root: str, run_id: str, config_json: str) -> str:
@@ -59,6 +59,7 @@ def create(run: RunSection, root: str, run_id: str, config_json: str) -> str:
     if not is_s3(root):
         return str(create_folder(root, run_id, config_json).path)
     check_id(run_id)
+    require_place(root)
     uri = child(root, run_id)
     with contextlib.suppress(StorageConflict):
         write_bytes(f"{uri}/config.json", config_json.encode(), if_absent=True)
@@ -198,10 +199,12 @@ def _ending_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def pull_prompts(run: RunSection, uri: str) -> Path:
-    """A run's prompts in this node's copy of the run, which need not be there; returns the copy's folder."""
+def pull_prompts(run: RunSection, uri: str) -> Path | None:
+    """A run's prompts in this node's copy of the run, which need not be there; the copy's folder, None without any."""
     from alignment.s3_folders import pull_folder
 
+    if not list_objects(f"{uri}/prompts"):
+        return None
     path = local_place(run, uri)
     pull_folder(f"{uri}/prompts", path / "prompts")
     return path

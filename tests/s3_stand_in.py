@@ -7,7 +7,7 @@ BUCKET = "bucket"
 
 
 @contextmanager
-def moto() -> Iterator[dict[str, str]]:
+def moto(secret: str = "any") -> Iterator[dict[str, str]]:
     """A server in this process with one bucket; yields the environment that makes boto3 use it."""
     import boto3
     from moto.server import ThreadedMotoServer
@@ -22,7 +22,7 @@ def moto() -> Iterator[dict[str, str]]:
         yield {
             "AWS_ENDPOINT_URL": url,
             "AWS_ACCESS_KEY_ID": "any",
-            "AWS_SECRET_ACCESS_KEY": "any",
+            "AWS_SECRET_ACCESS_KEY": secret,
             "AWS_DEFAULT_REGION": "us-east-1",
         }
     finally:
