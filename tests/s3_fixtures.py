@@ -33,9 +33,21 @@ def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 @pytest.fixture
-def flaky(bucket: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyProxy]:
-    """A proxy before the server of `bucket`; boto3 of this process goes through it from now on."""
-    server: S3Server = request.getfixturevalue(f"{request.node.callspec.params['bucket']}_server")
+def server_name(bucket: str, request: pytest.FixtureRequest) -> str:
+    """The server of `bucket`: "moto" or "ceph"."""
+    return request.node.callspec.params["bucket"]
+
+
+@pytest.fixture
+def flaky(server_name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyProxy]:
+    """A proxy before the server of `bucket`; boto3 of this process goes through it, with short pauses between tries."""
+    from botocore.retries import standard
+
+    from alignment import s3_download
+
+    monkeypatch.setattr(standard.ExponentialBackoff, "delay_amount", lambda self, context: 0.02)
+    monkeypatch.setattr(s3_download, "PAUSE_S", 0.02)
+    server: S3Server = request.getfixturevalue(f"{server_name}_server")
     with FlakyProxy(server.url) as proxy:
         use(server, monkeypatch, proxy.url)
         yield proxy

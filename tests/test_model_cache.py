@@ -27,10 +27,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def stored(bucket: str, tmp_path: Path, *names: str, size: int = 40 * KB) -> None:
     """Models of one size, each below its name."""
     for name in names:
-        push_folder(
-            written(tmp_path / name, {"model.bin": os.urandom(size - 5), "DONE": name.encode()[:5].ljust(5)}),
-            f"{bucket}/{name}",
-        )
+        files = {"model.bin": os.urandom(size - 5), "DONE": name.encode().ljust(5)}
+        push_folder(written(tmp_path / name, files), f"{bucket}/{name}")
 
 
 def cached() -> set[str]:
