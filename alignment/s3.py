@@ -22,8 +22,10 @@ from urllib.request import getproxies
 from alignment.errors import AlignmentError, ConfigError, StorageConflict, StorageError
 
 SCHEME = "s3://"
-ATTEMPTS = 6
-"""Tries of one request, with growing pauses: on a lost connection, a time-out, 500, 502, 503, 504 and throttling."""
+ATTEMPTS = 7
+"""Tries of one request: on a lost connection, a time-out, 500, 502, 503, 504 and throttling. The pauses grow from a
+second at most to 32, half a minute together. boto3's newer retry modes give a client one budget for its whole life,
+which a single outage with four threads uses up: from then on nothing would be tried again."""
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10, 60
 CONNECTIONS = 32
 """Kept open by one client; beyond it connections are made and closed again."""
@@ -121,7 +123,7 @@ def _client(pid: int, aws: tuple[tuple[str, str], ...]) -> Any:
         read_timeout=READ_TIMEOUT_S,
         max_pool_connections=CONNECTIONS,
         tcp_keepalive=True,
-        retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+        retries={"mode": "legacy", "total_max_attempts": ATTEMPTS},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )

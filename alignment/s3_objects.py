@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -128,10 +128,13 @@ def list_objects(uri: str, *, sums: bool = False) -> list[StoredObject]:
             for entry in page.get("Contents", [])
             if not entry["Key"].endswith("/")  # what consoles leave to show an empty folder
         ]
-    if sums and found:
-        with ThreadPoolExecutor(LISTING_THREADS) as pool:
-            found = list(pool.map(_with_sum, found))
-    return found
+    return with_sums(found) if sums else found
+
+
+def with_sums(objects: Sequence[StoredObject]) -> list[StoredObject]:
+    """The objects with their sha256, looked up by a request each, several at a time. Raises StorageError."""
+    with ThreadPoolExecutor(LISTING_THREADS) as pool:
+        return list(pool.map(_with_sum, objects))
 
 
 def delete_objects(uris: Iterable[str]) -> None:

@@ -34,9 +34,18 @@ def test_answers_of_a_server_in_trouble_are_tried_again(flaky: FlakyProxy, bucke
     flaky.fail(Fault(status=status), times=3)
     assert read_bytes(f"{bucket}/a")[0] == b"x"
     flaky.fail(Fault(status=status), times=1000)
-    with pytest.raises(StorageError, match=r"(overloaded|failed 6 times in a row) .*try again later"):
+    with pytest.raises(StorageError, match=r"(overloaded|failed 7 times in a row) .*try again later"):
         read_bytes(f"{bucket}/a")
     assert flaky.count("GET") == 4 + s3.ATTEMPTS
+
+
+def test_a_long_outage_leaves_later_requests_their_tries(flaky: FlakyProxy, bucket: str) -> None:
+    for _ in range(12):
+        flaky.fail(Fault(status=500), times=1000)
+        with pytest.raises(StorageError, match="failed 7 times in a row"):
+            read_bytes(f"{bucket}/none")
+    flaky.fail(Fault(status=500), times=3)
+    assert read_bytes(f"{bucket}/none") is None
 
 
 def test_cut_connections_are_tried_again(flaky: FlakyProxy, bucket: str, tmp_path: Path) -> None:
@@ -68,7 +77,7 @@ def test_a_server_that_is_silent_is_given_up(flaky: FlakyProxy, bucket: str, mon
     flaky.fail(Fault(delay_s=0.6), times=2)
     assert read_bytes(f"{bucket}/none") is None
     flaky.fail(Fault(delay_s=0.6), times=1000)
-    with pytest.raises(StorageError, match=r"http://127.0.0.1:\d+ did not answer in time; tried 6 times"):
+    with pytest.raises(StorageError, match=r"http://127.0.0.1:\d+ did not answer in time; tried 7 times"):
         read_bytes(f"{bucket}/none")
 
 

@@ -123,7 +123,11 @@ def test_an_older_upload_whose_parts_all_match_does_not_leave_its_sha256(bucket:
     download_file(uri, tmp_path / "back")
 
 
-def test_an_upload_that_another_ends_begins_anew(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upload_that_another_ends_begins_anew(
+    bucket: str, server_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if server_name == "moto":
+        pytest.skip("moto answers 500 for an upload that was aborted")
     path, uri = large_file(tmp_path / "file"), f"{bucket}/file"
     location, real, ended = parse_uri(uri), s3_transfer._begun_upload, []
 
@@ -145,7 +149,7 @@ def test_a_file_that_cannot_be_read_is_named(bucket: str, tmp_path: Path) -> Non
 
 
 def test_a_file_that_changes_while_it_is_sent_is_sent_as_it_is_then(
-    bucket: str, server_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flaky: FlakyProxy, bucket: str, server_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if server_name == "moto":
         pytest.skip("moto looks at no Content-MD5")
@@ -168,7 +172,7 @@ def test_a_download_goes_on_from_what_is_there(flaky: FlakyProxy, bucket: str, t
     path, uri = large_file(tmp_path / "file"), f"{bucket}/file"
     upload_file(path, uri)
     flaky.fail(Fault(status=500), times=1000, method="GET")
-    with pytest.raises(StorageError, match="the server failed 6 times in a row"):
+    with pytest.raises(StorageError, match="the server failed 7 times in a row"):
         download_file(uri, tmp_path / "back")
     left = {"first": partial_path(tmp_path / "back").exists(), "whole": (tmp_path / "back").exists()}
     assert left == {"first": True, "whole": False}
@@ -324,13 +328,13 @@ def test_a_folder_that_is_interrupted_has_no_marker(flaky: FlakyProxy, bucket: s
     pull_folder(uri, tmp_path / "back")
     written(folder, {"a.json": b"[1]"})
     flaky.fail(Fault(status=500), times=1000, method="PUT", path="a.json")
-    with pytest.raises(StorageError, match=f"{uri}/a.json: the server failed 6 times"):
+    with pytest.raises(StorageError, match=f"{uri}/a.json: the server failed 7 times"):
         push_folder(folder, uri)
     assert read_bytes(f"{uri}/DONE") is None
     flaky.decide = lambda method, at: None
     push_folder(folder, uri)
     flaky.fail(Fault(status=500), times=1000, method="GET", path="a.json")
-    with pytest.raises(StorageError, match=f"{uri}/a.json: the server failed 6 times"):
+    with pytest.raises(StorageError, match=f"{uri}/a.json: the server failed 7 times"):
         pull_folder(uri, tmp_path / "back")
     assert not (tmp_path / "back" / "DONE").exists()
     flaky.decide = lambda method, at: None
