@@ -22,12 +22,16 @@ from urllib.request import getproxies
 from alignment.errors import AlignmentError, ConfigError, StorageConflict, StorageError
 
 SCHEME = "s3://"
-ATTEMPTS = 6
-"""Tries of one request, with growing pauses: on a lost connection, a time-out, 500, 502, 503, 504 and throttling."""
+ATTEMPTS = 7
+"""Tries of one request: on a lost connection, a time-out, 500, 502, 503, 504 and throttling. The pauses grow from a
+second at most to 32, half a minute together. boto3's newer retry modes give a client one budget for its whole life,
+which a single outage with four threads uses up: from then on nothing would be tried again."""
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10, 60
 CONNECTIONS = 32
 """Kept open by one client; beyond it connections are made and closed again."""
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]")
+_USER = re.compile(r"://[^/@\s]*@")
+"""A user's name and password in an address."""
 _ABSENT = {"404", "NoSuchKey"}
 _KEYS = (
     "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE) and that they belong to the server behind "
@@ -119,7 +123,7 @@ def _client(pid: int, aws: tuple[tuple[str, str], ...]) -> Any:
         read_timeout=READ_TIMEOUT_S,
         max_pool_connections=CONNECTIONS,
         tcp_keepalive=True,
-        retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+        retries={"mode": "legacy", "total_max_attempts": ATTEMPTS},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
@@ -167,6 +171,14 @@ def error_status(error: Any) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
+def is_broken_connection(error: BaseException) -> bool:
+    """Whether there is no connection, or it broke or stalled, so that trying again may help."""
+    from botocore import exceptions as known
+
+    broken = known.HTTPClientError | known.ConnectionError | known.IncompleteReadError
+    return isinstance(error, broken) and not isinstance(error, known.SSLError)
+
+
 def is_absent(error: Any) -> bool:
     """Whether a ClientError says that the object is not there. (For a HEAD that may also mean the bucket.)"""
     return error_code(error) in _ABSENT
@@ -201,9 +213,10 @@ def _failure(error: Any) -> str:
         return f"no trusted TLS connection to {_endpoint()}; name the server's certificate in AWS_CA_BUNDLE"
     if isinstance(error, known.ConnectTimeoutError | known.ReadTimeoutError):
         return f"{_endpoint()} did not answer in time; {retry}"
-    if isinstance(error, known.HTTPClientError | known.IncompleteReadError):
+    if is_broken_connection(error):
         return f"no connection to {_endpoint()}, or it broke ({type(error).__name__}); {retry}"
-    return f"{type(error).__name__}: {error}; check the AWS_* environment and ~/.aws/config"
+    message = _USER.sub("://", str(error))
+    return f"{type(error).__name__}: {message}; check the AWS_* environment and ~/.aws/config"
 
 
 def _endpoint() -> str:

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 
 from alignment.atomic_files import disk_errors, sync_folder
 from alignment.errors import StorageConflict, StorageError
-from alignment.s3 import ATTEMPTS, explained, object_location, s3_client
-from alignment.s3_objects import StoredObject, is_broken_stream, require_bucket, stat_object
+from alignment.s3 import ATTEMPTS, explained, is_broken_connection, object_location, s3_client
+from alignment.s3_objects import StoredObject, require_bucket, stat_object
 from alignment.s3_threads import in_parallel, serialised
 
 RANGE_BYTES = 8 << 20
@@ -143,7 +143,7 @@ def _fetch_range(stored: StoredObject, file: BinaryIO, start: int, size: int) ->
                     at += len(chunk)
             except BotoCoreError as error:
                 failures = 1 if at > begun_at else failures + 1
-                if failures == ATTEMPTS or not is_broken_stream(error):
+                if failures == ATTEMPTS or not is_broken_connection(error):
                     raise
                 time.sleep(PAUSE_S * failures)
 

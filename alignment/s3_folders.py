@@ -15,7 +15,7 @@ from alignment.errors import DataError, StorageError
 from alignment.progress import TransferLines
 from alignment.s3 import below, parse_uri
 from alignment.s3_download import download_file, holds
-from alignment.s3_objects import StoredObject, delete_objects, list_objects
+from alignment.s3_objects import StoredObject, delete_objects, list_objects, with_sums
 from alignment.s3_threads import THREADS, in_parallel, serialised
 from alignment.s3_transfer import MULTIPART_BYTES, is_stored, read_fingerprint, upload_file
 
@@ -76,10 +76,11 @@ def pull_folder(
     Each file appears whole. An object whose name leads out of the folder is refused before anything is written. Raises
     StorageError, also where there is nothing, and DiskError.
     """
-    stored = {_relative(entry, uri, folder): entry for entry in list_objects(uri, sums=True)}
-    if not stored:
+    listed = {_relative(entry, uri, folder): entry for entry in list_objects(uri)}
+    if not listed:
         raise StorageError(f"{uri}: holds nothing; check the name")
-    names = [name for name in stored if only is None or only(name)]
+    names = [name for name in listed if only is None or only(name)]
+    stored = dict(zip(names, with_sums([listed[name] for name in names]), strict=True))
     others, markers = _split(names, last)
     new = _those(others, lambda name: not holds(folder / name, stored[name]))
     if new:

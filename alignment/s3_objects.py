@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +17,7 @@ from alignment.s3 import (
     error_status,
     explained,
     is_absent,
+    is_broken_connection,
     object_location,
     parse_uri,
     s3_client,
@@ -54,7 +55,7 @@ def read_bytes(uri: str) -> tuple[bytes, str] | None:
                     return None
                 raise
             except BotoCoreError as error:  # botocore tries a request again, but not the reading of its answer
-                if attempt == ATTEMPTS or not is_broken_stream(error):
+                if attempt == ATTEMPTS or not is_broken_connection(error):
                     raise
     raise AssertionError("the loop returns or raises")
 
@@ -127,10 +128,13 @@ def list_objects(uri: str, *, sums: bool = False) -> list[StoredObject]:
             for entry in page.get("Contents", [])
             if not entry["Key"].endswith("/")  # what consoles leave to show an empty folder
         ]
-    if sums and found:
-        with ThreadPoolExecutor(LISTING_THREADS) as pool:
-            found = list(pool.map(_with_sum, found))
-    return found
+    return with_sums(found) if sums else found
+
+
+def with_sums(objects: Sequence[StoredObject]) -> list[StoredObject]:
+    """The objects with their sha256, looked up by a request each, several at a time. Raises StorageError."""
+    with ThreadPoolExecutor(LISTING_THREADS) as pool:
+        return list(pool.map(_with_sum, objects))
 
 
 def delete_objects(uris: Iterable[str]) -> None:
@@ -188,15 +192,6 @@ def bare(etag: str | None) -> str:
 def md5(data: bytes = b"") -> Any:
     """The checksum that Content-MD5 asks for: it guards against accidents, not against people."""
     return hashlib.md5(data, usedforsecurity=False)
-
-
-def is_broken_stream(error: BaseException) -> bool:
-    """Whether an error is that of a connection that broke or stalled, so that trying again may help."""
-    from botocore import exceptions as known
-
-    return isinstance(error, known.HTTPClientError | known.IncompleteReadError) and not isinstance(
-        error, known.SSLError
-    )
 
 
 def _did_not_hold(error: Any) -> bool:

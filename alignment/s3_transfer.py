@@ -260,6 +260,8 @@ def _known(request: Callable[..., Any], **arguments: Any) -> Any:
 
 
 def _part_bytes(size: int) -> int:
+    if size < MULTIPART_BYTES:
+        return MULTIPART_BYTES  # one part: it goes whole
     least = -(-size // MOST_PARTS)
     return max(PART_BYTES, -(-least // MEBIBYTE) * MEBIBYTE)
 
