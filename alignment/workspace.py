@@ -85,13 +85,16 @@ def point(uri: str, value: str) -> None:
 def find_run(root: str, name: str) -> str | None:
     """The run under s3:// that `name` means: a URI, or an id under `root`, `latest` too; None where there is none."""
     if is_s3(name):
-        return name.rstrip("/") if _is_run(name.rstrip("/")) else None
-    if not is_s3(root) or "://" in name:
+        uri = parse_uri(name).uri
+    elif is_s3(root) and not name.startswith(("/", ".", "~")) and "://" not in name:
+        uri = child(root, name)
+    else:
         return None
-    if name.rpartition("/")[2] == "latest":
-        pointer = read_pointer(child(root, name))
-        return None if pointer is None else child(root, name.removesuffix("latest") + pointer.value)
-    return child(root, name) if _is_run(child(root, name)) else None
+    parent, _, last = uri.rpartition("/")
+    if last == "latest":
+        pointer = read_pointer(uri)
+        return f"{parent}/{pointer.value}" if pointer else None
+    return uri if _is_run(uri) else None
 
 
 def _is_run(uri: str) -> bool:

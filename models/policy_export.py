@@ -127,6 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _export(options: argparse.Namespace) -> str:
     from alignment.policy_source import find_policy, prompt_format_of
     from alignment.reward_repository import export_place
+    from alignment.s3 import is_s3
     from alignment.workspace import child
     from models.policy import load_policy
 
@@ -143,11 +144,11 @@ def _export(options: argparse.Namespace) -> str:
             claim=claim,
         )
     folder = child(options.repository, options.name, version)
-    return (
-        f"exported {source.checkpoint.uri} as {folder} (prompts are read as {form}, sha256 {digest[:12]}…)\n"
-        f"serve it:  python -m infra.triton --repository {options.repository}\n"
-        f"or:        vllm serve {folder}/weights"
-    )
+    lines = [
+        f"exported {source.checkpoint.uri} as {folder} (prompts are read as {form}, sha256 {digest[:12]}…)",
+        f"serve it:  python -m infra.triton --repository {options.repository}",
+    ]
+    return "\n".join([*lines, *(() if is_s3(folder) else (f"or:        vllm serve {folder}/weights",))])
 
 
 def _parser() -> argparse.ArgumentParser:

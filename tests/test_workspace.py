@@ -1,11 +1,12 @@
 """Runs under s3:// as tasks see them: copies on several nodes, one writer, nothing lost but what was not sent.
 
-moto, over HTTP, stands in for S3; nodes are workspaces of their own.
+All on moto and on Ceph; a node is a workspace of its own.
 """
 
 import contextlib
 import json
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -16,28 +17,16 @@ from alignment.config import load_config
 from alignment.continuation import find_source, first_id
 from alignment.errors import ConfigError, DataError, StorageConflict
 from alignment.run_folder import RunFolder
-from alignment.s3_objects import list_objects, read_bytes
+from alignment.s3_objects import list_objects, read_bytes, write_bytes
 from alignment.workspace import create, find_run, local_root, opened
-from flow_runs import SMOKE
+from flow_runs import SMOKE, wait_for
 from models.checkpoints import finished, seal, staging_folder, verify
-from s3_stand_in import moto
-
-ROOT = "s3://bucket/team/runs"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def bucket():
-    with moto() as environment, pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        yield
 
 
 @pytest.fixture
-def nodes(tmp_path, request):
-    """Configs of two nodes, of a root that no other test has."""
-    root = f"{ROOT}/{request.node.name}"
-    sets = [f"run.root={root}", "loop.keep_last=1", "loop.keep_best=1"]
+def nodes(tmp_path, bucket):
+    """Configs of two nodes, of a root in a bucket of its own."""
+    sets = [f"run.root={bucket}/team/runs", "loop.keep_last=1", "loop.keep_best=1"]
     return [load_config(SMOKE, [*sets, f"run.workspace={tmp_path / node}"]) for node in ("one", "two")]
 
 
@@ -67,7 +56,7 @@ def test_what_one_node_leaves_another_goes_on_with(nodes):
     path = begin(one)
     assert path == f"{one.run.root}/7"
     with opened(one, path) as run:
-        assert run.path == Path(one.run.workspace) / "bucket/team/runs" / one.run.root.rpartition("/")[2] / "7"
+        assert run.path == Path(one.run.workspace) / path.removeprefix("s3://")
         assert (run.uri, run.uri_of(run.path / "judge")) == (path, f"{path}/judge")
         checkpoint(run, 1)
     with opened(two, path) as run:
@@ -137,11 +126,11 @@ def test_what_a_task_leaves_is_sent_however_it_ends(nodes, end):
 def test_of_two_writers_the_earlier_one_ends_with_an_error_that_names_the_run(nodes):
     one, two = nodes
     path = begin(one)
-    with pytest.raises(StorageConflict, match=rf"{path} has been taken over by process \d+ on \S+: this task ends"):
-        with opened(one, path) as run:
-            checkpoint(run, 1, "early")
-            with opened(two, path) as other:
-                checkpoint(other, 1)
+    said = rf"{path} has been taken over by process \d+ on \S+: this task ends"
+    with pytest.raises(StorageConflict, match=said), opened(one, path) as run:
+        checkpoint(run, 1, "early")
+        with opened(two, path) as other:
+            checkpoint(other, 1)
     with opened(two, path) as run:
         assert (run.checkpoints / "step-000001" / "model.safetensors").read_text() == "w 1"
 
@@ -152,8 +141,6 @@ def test_a_checkpoint_that_somebody_else_sent_is_never_replaced(nodes):
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(opened(one, path))
         checkpoint(run, 1)
-        from alignment.s3_objects import write_bytes
-
         write_bytes(f"{path}/checkpoints/step-000001/DONE", b"another manifest's sum")
         with pytest.raises(StorageConflict, match=r"checkpoints/step-000001 was written by another process"):
             stack.close()
@@ -196,8 +183,6 @@ def test_a_damaged_copy_is_healed_by_removing_it(nodes):
         checkpoint(run, 1)
     for file in (run.checkpoints / "step-000001").rglob("*.safetensors"):
         file.unlink()
-    import shutil
-
     shutil.rmtree(run.checkpoints / "step-000001")
     with opened(one, path) as run:
         assert verify(run.checkpoints / "step-000001").step == 1
@@ -239,7 +224,9 @@ def test_begin_again_latest_and_the_names_of_runs(nodes, tmp_path):
     assert begin(one) == path
     with pytest.raises(DataError, match=rf"{path} holds another run's files: set run.root to another prefix"):
         create(one.run, root, "7", '{"run": {}}')
-    assert find_run(root, "latest") == find_run("", path) == find_run(root, "7") == path
+    assert (
+        find_run(root, "latest") == find_run("", f"{root}/latest") == find_run("", path) == find_run(root, "7") == path
+    )
     begin(one, "8")
     assert find_run(root, "latest") == f"{root}/8"
     assert (find_run(root, "9"), find_run(str(tmp_path), "7")) == (None, None)
@@ -261,6 +248,4 @@ def test_a_local_root_is_its_own_workspace(tmp_path):
 
 
 def wait_until(condition, timeout_s=20.0):
-    from flow_runs import wait_for
-
     wait_for(condition, timeout_s, "the sending")
