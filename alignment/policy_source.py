@@ -178,10 +178,9 @@ def _fetched(uri: str, storage: RunSection, key: str, on_note: OnNote | None) ->
 
 def _check_whole_model(folder: Path, what: str, uri: str) -> None:
     if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{what}: {uri} holds what a fine-tuning trained and no whole model: name its run, or "
-            f"write the model by `python -m alignment.sft_stage {uri} FOLDER`"
-        )
+        said = f"{what}: {uri} holds what a fine-tuning trained and no whole model: name its run"
+        another = f", or write the model by `python -m alignment.sft_stage {uri} FOLDER`"
+        raise CheckpointError(said if is_s3(uri) else said + another)
 
 
 def loadable(uri: str, run: RunFolder, storage: RunSection, key: str) -> str:
