@@ -20,7 +20,8 @@ from alignment.config_sections import RunSection
 from alignment.errors import AlignmentError, DataError, StorageConflict
 from alignment.run_folder import RunFolder, check_id
 from alignment.run_folder import create as create_folder
-from alignment.run_mirror import Names, Note, RunMirror, Sender
+from alignment.run_mirror import Names, Note, RunMirror
+from alignment.run_sender import Sender
 from alignment.s3 import is_s3, parse_uri
 from alignment.s3_objects import list_objects, read_bytes, require_place, write_bytes
 from alignment.s3_pointers import move_pointer, read_pointer
