@@ -216,6 +216,8 @@ def _run(name: str) -> Iterator[RunFolder]:
     if uri:
         found = read_bytes(f"{uri}/config.json")
         config = parse_config(found[0].decode() if found else "")
+        # The run's workspace is a place of the nodes that it ran on.
+        config = config.model_copy(update={"run": config.run.model_copy(update={"workspace": None})})
         with opened(config, uri, writes=False, all_kept=True, keeps=lambda *_: set) as run:
             yield run
         return

@@ -64,6 +64,8 @@ def parse_preset(text: str) -> dict[str, Any]:
         values["resume"]["from"] = source
     # Tasks and resumes may work in another folder than the one in which the run was started.
     values["run"]["root"] = _absolute(values["run"]["root"])
+    if values["run"]["workspace"]:
+        values["run"]["workspace"] = _absolute(values["run"]["workspace"])
     if values["reward"]["repository"]:
         values["reward"]["repository"] = _absolute(values["reward"]["repository"])
     for section, name in INPUTS:

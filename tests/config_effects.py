@@ -318,6 +318,7 @@ def cache_limit(config: Config) -> int:
         raise Seen
 
     with (
+        patch("alignment.policy_source.find_run", lambda root, name: None),
         patch("alignment.s3_objects.read_bytes", lambda uri: (b"digest", "etag")),
         patch("alignment.model_cache.cached_folder", cached_folder_stand_in),
         contextlib.suppress(Seen),
