@@ -126,6 +126,17 @@ def test_a_policy_is_exported_to_a_repository_in_s3_twice(elsewhere, run):
         assert f"mine/{version}/card.json" in names(repository)
 
 
+def test_following_takes_a_folder(elsewhere, aligned):
+    done = elsewhere.tool("infra.triton", "--repository", f"{elsewhere.root}/triton_repo", "--follow")
+    assert done.status == 2 and "--follow looks at a folder, and s3://" in done.output
+
+
+def test_a_missing_bucket_is_told_before_anything_is_trained(elsewhere):
+    done = elsewhere.run("run", run__root="s3://there-is-no-such/runs")
+    assert done.status == 1 and "there is no such bucket" in done.output
+    assert "Traceback" not in done.output and "reward_model" not in done.output.partition("StorageError")[0]
+
+
 def test_no_key_is_in_anything_that_a_run_leaves(node, aligned, run):
     assert SECRET not in aligned
     stored = list_objects(node.bucket)
