@@ -202,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         if options.command == "list":
-            print(*_lines(options.root) or ["nothing is registered yet"], sep="\n")
+            print(*(list(_lines(options.root)) or ["nothing is registered yet"]), sep="\n")
         elif options.command == "show":
             print(json.dumps(asdict(find(options.root, options.name)), indent=2))
         elif options.command == "promote":
