@@ -12,6 +12,7 @@ import contextlib
 import ipaddress
 import os
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,6 +27,8 @@ ATTEMPTS = 7
 """Tries of one request: on a lost connection, a time-out, 500, 502, 503, 504 and throttling. The pauses grow from a
 second at most to 32, half a minute together. boto3's newer retry modes give a client one budget for its whole life,
 which a single outage with four threads uses up: from then on nothing would be tried again."""
+STREAM_PAUSE_S = 0.5
+"""Before an answer that broke off is asked for again, times the number of times that it did."""
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10, 60
 CONNECTIONS = 32
 """Kept open by one client; beyond it connections are made and closed again."""
@@ -177,6 +180,11 @@ def is_broken_connection(error: BaseException) -> bool:
 
     broken = known.HTTPClientError | known.ConnectionError | known.IncompleteReadError
     return isinstance(error, broken) and not isinstance(error, known.SSLError)
+
+
+def pause_after(failures: int) -> None:
+    """Wait before an answer that broke off is asked for again: boto3 does so for requests, but not for their bodies."""
+    time.sleep(STREAM_PAUSE_S * failures)
 
 
 def is_absent(error: Any) -> bool:

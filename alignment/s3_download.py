@@ -9,14 +9,13 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from alignment.atomic_files import disk_errors, sync_folder
 from alignment.errors import StorageConflict, StorageError
-from alignment.s3 import ATTEMPTS, explained, is_broken_connection, object_location, s3_client
+from alignment.s3 import ATTEMPTS, explained, is_broken_connection, object_location, pause_after, s3_client
 from alignment.s3_objects import StoredObject, require_bucket, stat_object
 from alignment.s3_threads import in_parallel, serialised
 
@@ -26,8 +25,6 @@ WRITE_BYTES = 1 << 20
 """What a thread reads or writes at a time."""
 JOURNAL_BYTES = 16 << 20
 """More than any journal has: what lies behind the end may be the rest of another, larger object."""
-PAUSE_S = 0.5
-"""Before a broken stream is opened again, times the attempt's number."""
 
 
 class _Damaged(Exception):
@@ -145,7 +142,7 @@ def _fetch_range(stored: StoredObject, file: BinaryIO, start: int, size: int) ->
                 failures = 1 if at > begun_at else failures + 1
                 if failures == ATTEMPTS or not is_broken_connection(error):
                     raise
-                time.sleep(PAUSE_S * failures)
+                pause_after(failures)
 
 
 def _stream(stored: StoredObject, start: int, end: int) -> Iterator[bytes]:

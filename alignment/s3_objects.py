@@ -20,6 +20,7 @@ from alignment.s3 import (
     is_broken_connection,
     object_location,
     parse_uri,
+    pause_after,
     s3_client,
 )
 
@@ -49,14 +50,16 @@ def read_bytes(uri: str) -> tuple[bytes, str] | None:
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 answer = s3_client().get_object(Bucket=location.bucket, Key=location.key)
-                return answer["Body"].read(), bare(answer["ETag"])
             except ClientError as error:
                 if is_absent(error):
                     return None
                 raise
-            except BotoCoreError as error:  # botocore tries a request again, but not the reading of its answer
+            try:
+                return answer["Body"].read(), bare(answer["ETag"])
+            except BotoCoreError as error:
                 if attempt == ATTEMPTS or not is_broken_connection(error):
                     raise
+            pause_after(attempt)
     raise AssertionError("the loop returns or raises")
 
 

@@ -119,13 +119,13 @@ class FlakyProxy:
                 self._add(up=len(data))
                 time.sleep(len(data) / self.bytes_per_s)
             else:
-                room = len(data) if fault.cut_down is None or _is_continue(data) else max(fault.cut_down - down, 0)
+                free = fault.cut_down is None or _is_continue(data)
+                room = len(data) if free else min(len(data), fault.cut_down - down)
                 client.sendall(data[:room])
                 down += room
                 self._add(down=room)
                 if room < len(data):
-                    _reset(client)
-                    return
+                    return  # in order: a reset would also take back what the client has not read yet
             source = select.select([client, server], [], [])[0][0]
             data = source.recv(CHUNK)
             if not data:

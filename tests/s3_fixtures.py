@@ -41,12 +41,12 @@ def server_name(bucket: str, request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def flaky(server_name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyProxy]:
     """A proxy before the server of `bucket`; boto3 of this process goes through it, with short pauses between tries."""
-    from botocore.retries import standard
+    from botocore import retryhandler
 
-    from alignment import s3_download
+    from alignment import s3
 
-    monkeypatch.setattr(standard.ExponentialBackoff, "delay_amount", lambda self, context: 0.02)
-    monkeypatch.setattr(s3_download, "PAUSE_S", 0.02)
+    monkeypatch.setattr(retryhandler, "delay_exponential", lambda base, growth_factor, attempts: 0.02)
+    monkeypatch.setattr(s3, "STREAM_PAUSE_S", 0.02)
     server: S3Server = request.getfixturevalue(f"{server_name}_server")
     with FlakyProxy(server.url) as proxy:
         use(server, monkeypatch, proxy.url)
