@@ -100,9 +100,11 @@ class Config(Section):
         return (given.get(own, 1.0), *(weight for name, weight in given.items() if name != own))
 
     @property
-    def reward_repository(self) -> Path:
-        """The Triton model repository that exports go to."""
-        return Path(self.reward.repository or Path(self.run.root) / "triton_repo")
+    def reward_repository(self) -> str:
+        """The Triton model repository that exports go to: a folder, or a prefix in S3."""
+        from alignment.workspace import child
+
+        return self.reward.repository or child(self.run.root, "triton_repo")
 
     @model_validator(mode="after")
     def check_across_sections(self) -> Self:

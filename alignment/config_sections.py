@@ -55,17 +55,24 @@ class Section(BaseModel):
 
 class RunSection(Section):
     root: str = "runs"
-    """Folder that holds one folder per run, the exports and the cache of converted models."""
+    """Folder, or s3://bucket/prefix, that holds one folder per run, the exports and the registry."""
+    workspace: str | None = None
+    """Where tasks of a run under s3:// work: <workspace>/<bucket>/<prefix>/<run id>, on each node's own disk; null:
+    a folder in $RS_CACHE, or in ~/.cache/rejection-sampling. A local run.root is its own workspace."""
+    cache_limit_gb: Number = Field(50.0, gt=0)
+    """Gigabytes of models downloaded from s3:// that a node keeps; beyond it the least recently used one goes."""
 
 
 class ResumeSection(Section):
     from_: Name | None = Field(None, alias="from")
-    """A run to go on from in a new run of another config: its id under run.root or its folder; null: the base."""
+    """A run to go on from in a new run of another config: its id under run.root, its folder or s3:// URI; null: the
+    base."""
 
 
 class PolicySection(Section):
     model: str = "smollm2-135m"
-    """`smollm2-135m` (embedded), `tiny` (random weights, for tests), a model folder, or a hub name."""
+    """`smollm2-135m` (embedded), `tiny` (random weights, for tests), a model folder (s3:// too), registry:NAME@ALIAS or
+    registry:NAME:VERSION, or a hub name."""
     prompt_format: Literal["text", "chat"] = "text"
     """`text` continues the prompt verbatim; `chat` renders it with the tokenizer's chat template."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -140,7 +147,7 @@ class RewardSection(Section):
     name: str = Field("reward_model", pattern=r"^[A-Za-z0-9_-]+$")
     """Name of the model in the Triton repository."""
     repository: str | None = None
-    """Triton model repository that exports go to; null means <run.root>/triton_repo."""
+    """Triton model repository that exports go to, a folder or s3://bucket/prefix; null means <run.root>/triton_repo."""
     url: str | None = None
     """host:port of an external Triton's gRPC; null starts one on loopback for as long as a task scores."""
     version: Name = Field("", pattern=r"^\d*$")

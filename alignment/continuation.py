@@ -18,6 +18,8 @@ from alignment.config import Config, parse_config
 from alignment.errors import AlignmentError, CheckpointError, ConfigError
 from alignment.preparation import load_prompt_sets
 from alignment.run_folder import RunFolder
+from alignment.s3 import is_s3
+from alignment.workspace import find_run, first_id_in_s3
 
 SERVING = ("repository", "url", "version", "grpc_port", "timeout_s", "patience_s", "token_budget")
 """Keys of `reward` that say how a reward model is served, not which one it is."""
@@ -83,12 +85,12 @@ def adopt(config: Config, source: RunFolder, run: RunFolder) -> None:
         return
     checkpoint = last_checkpoint(source.checkpoints)
     if checkpoint is None:
-        raise CheckpointError(f"resume.from ({source.path}) has no finished checkpoint: resume that run, or start anew")
+        raise CheckpointError(f"resume.from ({source.uri}) has no finished checkpoint: resume that run, or start anew")
     different = differences(task_of(parse_config(source.config.read_text())), task_of(config))
     if different:
         raise ConfigError(
-            f"resume.from ({source.path}) was another task: {', '.join(different)}. Keep these keys, or start a new "
-            f"run with policy.model={checkpoint.uri}"
+            f"resume.from ({source.uri}) was another task: {', '.join(different)}. Keep these keys, or start a new "
+            f"run with policy.model={source.uri_of(Path(checkpoint.uri))}"
         )
     scorers = json.loads(source.scorers.read_text())
     _check_goes_on(config, source, checkpoint.step, scorers["reward_model"]["version"])
@@ -101,7 +103,7 @@ def adopt(config: Config, source: RunFolder, run: RunFolder) -> None:
         for folder in finished(source.checkpoints):
             _adopt_checkpoint(folder, run.checkpoints / folder.name)
     _adopt_metrics(source, run, checkpoint.step)
-    scorers["judge"]["uri"] = str(run.path / "judge")
+    scorers["judge"]["uri"] = run.uri_of(run.path / "judge")
     write_json(run.scorers, scorers)
 
 
@@ -110,12 +112,12 @@ def _check_goes_on(config: Config, source: RunFolder, done: int, version: str) -
     total = config.total_steps(len(load_prompt_sets(source.path).train))
     if total <= done:
         raise ConfigError(
-            f"resume.from ({source.path}) has {done} RS steps behind it, and this run is to have {total}: "
+            f"resume.from ({source.uri}) has {done} RS steps behind it, and this run is to have {total}: "
             "raise loop.max_steps or loop.max_epochs"
         )
     if config.reward.version not in ("", version):
         raise ConfigError(
-            f"reward.version ({config.reward.version}) is not the {version} that resume.from ({source.path}) scored "
+            f"reward.version ({config.reward.version}) is not the {version} that resume.from ({source.uri}) scored "
             "with: unset it, or start a new run"
         )
 
@@ -125,6 +127,8 @@ def first_id(root: str | Path, run_id: str, resumed_id: str | None) -> str:
 
     A resume of a resume finds the name through a link that is left under each resume's id.
     """
+    if is_s3(str(root)):
+        return first_id_in_s3(str(root), run_id, resumed_id)
     if resumed_id is None or not (Path(root) / resumed_id).is_dir():
         return run_id
     name = (Path(root) / resumed_id).resolve().name
@@ -135,15 +139,21 @@ def first_id(root: str | Path, run_id: str, resumed_id: str | None) -> str:
     return name
 
 
-def find_source(config: Config) -> RunFolder | None:
-    """The run that `resume.from` names by its id under run.root or its folder; None without. Raises ConfigError."""
-    name = config.resume.from_
+def find_source(config: Config) -> str | None:
+    """The run that `resume.from` names by its id under run.root, its folder or its URI; None without.
+
+    Raises ConfigError where there is none, StorageError.
+    """
+    name, root = config.resume.from_, config.run.root
     if name is None:
         return None
-    for path in (Path(config.run.root) / name, Path(name).expanduser()):
+    found = find_run(root, name)
+    if found:
+        return found
+    for path in (*(() if is_s3(root) else (Path(root) / name,)), Path(name).expanduser()):
         if (path / "config.json").is_file():
-            return RunFolder(path.resolve())
-    raise ConfigError(f"resume.from ({name}): no run of that id in {config.run.root}, and no run folder of that name")
+            return str(path.resolve())
+    raise ConfigError(f"resume.from ({name}): no run of that id in {root}, and no run folder of that name")
 
 
 def _adopt_metrics(source: RunFolder, run: RunFolder, last: int) -> None:

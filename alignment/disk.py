@@ -8,9 +8,9 @@ from math import prod
 from pathlib import Path
 
 from alignment.config import Config
-from alignment.embedded import policy_folder
-from alignment.preparation import cache_folder
+from alignment.policy_source import base_folder
 from alignment.run_folder import RunFolder
+from alignment.s3 import is_s3
 from models.policy import resolved_dtype
 
 WEIGHT = {"float32": 4, "bfloat16": 2}
@@ -23,7 +23,7 @@ TEXT_BYTES_PER_TOKEN = 2
 
 def disk_needs(config: Config, run: RunFolder, total_steps: int) -> str:
     """One line: checkpoints and rollouts of the whole run beside the free space, a warning where they do not fit."""
-    folder = Path(policy_folder(config.policy.model, cache_folder(config)))
+    folder = Path(base_folder(config))
     if not folder.is_dir():
         return f"disk: the size of {config.policy.model} is not known before it is downloaded; {_free(run)} is free"
     one = checkpoint_bytes(config, tensor_shapes(folder))
@@ -35,8 +35,9 @@ def disk_needs(config: Config, run: RunFolder, total_steps: int) -> str:
         f"disk: up to {shown(needs)} under {run.path} ({count} checkpoints of {shown(one)}, the rest rollouts); "
         f"{_free(run)} is free"
     )
+    place = "run.workspace" if is_s3(config.run.root) else "run.root"
     if needs > shutil.disk_usage(run.path).free:
-        said += ". WARNING: that will not fit: free space, lower loop.keep_last or loop.keep_best, or move run.root"
+        said += f". WARNING: that will not fit: free space, lower loop.keep_last or loop.keep_best, or move {place}"
     return said
 
 

@@ -5,11 +5,9 @@ from typing import Any
 
 from alignment.config import Config
 from alignment.errors import ConfigError
+from alignment.reward_repository import SERVED_VERSIONS, exported_versions, read_export
 from alignment.task import reward_client
 from alignment.types import RewardModelRef
-
-MOST_VERSIONS = 2
-"""Versions of one name that an export's config.pbtxt lets a server hold."""
 
 
 def find_others(config: Config) -> dict[str, list[dict[str, Any]]]:
@@ -31,26 +29,24 @@ def check_distinct(reward: RewardModelRef, others: dict[str, list[dict[str, Any]
     for ref in refs:
         versions.setdefault(ref.name, []).append(ref.version)
     for name, found in versions.items():
-        if len(set(found)) != len(found) or len(found) > MOST_VERSIONS:
+        if len(set(found)) != len(found) or len(found) > SERVED_VERSIONS:
             raise ConfigError(
                 f"reward_ensemble and reward.name would score with {name} version {', '.join(found)}: each version may "
-                f"score once, and a server holds {MOST_VERSIONS} of a name; change reward_ensemble"
+                f"score once, and a server holds {SERVED_VERSIONS} of a name; change reward_ensemble"
             )
 
 
 def _find(config: Config, key: str, text: str) -> RewardModelRef:
     """The version that `name` or `name/version` means: the newest where none is named."""
-    from models.reward_export import complete_versions, read_version
-
     name, _, version = text.partition("/")
     if config.reward.url:
         with reward_client(config, config.reward.url, name, version) as client:
             return RewardModelRef(name, client.model_version, "", "", None)
-    known = complete_versions(config.reward_repository, name)
+    known = exported_versions(config.reward_repository, name)
     if (version not in known) if version else (not known):
         raise ConfigError(
-            f"reward_ensemble.{key} ({text}): {config.reward_repository / name} holds "
+            f"reward_ensemble.{key} ({text}): {config.reward_repository}/{name} holds "
             f"{'the versions ' + ', '.join(known) if known else 'no version'}; `python flows/reward_model_flow.py run "
             f"--set reward.name={name}` trains and exports one"
         )
-    return read_version(config.reward_repository, name, version or known[-1])
+    return read_export(config.reward_repository, name, version or known[-1], config.run)

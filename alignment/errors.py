@@ -7,6 +7,8 @@ AlignmentError
 ├── CheckpointError    a checkpoint that is missing, foreign or damaged
 ├── TrainingError      the policy's weights, loss or gradient are no longer finite
 ├── DiskError          no space, or a folder that cannot be written
+├── StorageError       S3: not reachable, not allowed, not there, or not what it should be
+│   └── StorageConflict       an object that was to be new or unchanged was written by somebody else
 ├── WorkerError        a worker process ended with an error
 ├── StoppedError       the run was asked to stop, or its time was over, and has a checkpoint
 └── RewardError        scoring failed
@@ -43,6 +45,14 @@ class TrainingError(AlignmentError):
 
 class DiskError(AlignmentError):
     """A file could not be written."""
+
+
+class StorageError(AlignmentError):
+    """An object store (S3) cannot be reached, refuses, or does not hold what it should, after the retries."""
+
+
+class StorageConflict(StorageError):
+    """A conditional write lost: the object is there already, or is no longer the one that was read."""
 
 
 class WorkerError(AlignmentError):

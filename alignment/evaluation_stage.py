@@ -4,17 +4,18 @@ EvaluateFlow whatever `evaluation.model` names; both measure it here.
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.config import Config
-from alignment.embedded import policy_folder
 from alignment.errors import CheckpointError
 from alignment.lm_harness import check_tasks, run_tasks
-from alignment.policy_source import PolicySource, find_policy
-from alignment.preparation import cache_folder, load_prompts, prepare_evaluation
+from alignment.policy_source import PolicySource, base_folder, find_policy, loadable
+from alignment.preparation import load_prompts, prepare_evaluation
 from alignment.progress import PhaseLines
 from alignment.run_folder import RunFolder, write_json
+from alignment.s3 import is_s3
 from alignment.task import claim_devices, scoring_models, served, tested_clients, timed_task, tracker
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
 
@@ -38,16 +39,17 @@ def evaluate(
     checkpoint = best_checkpoint(run.checkpoints, run.validations())
     if checkpoint is None:
         raise CheckpointError(f"{run.checkpoints} holds no finished checkpoint: resume the run")
-    base = str(policy_folder(config.policy.model, cache_folder(config)))
-    return evaluate_against(config, run, reward, judge, checkpoint, base, started), checkpoint
+    named = replace(checkpoint, uri=run.uri_of(Path(checkpoint.uri)))
+    base = config.policy.model if is_s3(run.uri) else str(base_folder(config))
+    return evaluate_against(config, run, reward, judge, named, base, started), named
 
 
 def find_policies(config: Config, on_note: Callable[[str], None]) -> tuple[PolicySource, PolicySource]:
     """What `evaluation.model` and `evaluation.base` name, verified. Raises AlignmentError."""
     root, own = config.run.root, config.evaluation
-    model = find_policy(own.model, root=root, key="evaluation.model", on_note=on_note)
+    model = find_policy(own.model, root=root, key="evaluation.model", on_note=on_note, storage=config.run)
     name, key = (own.base, "evaluation.base") if own.base else (config.policy.model, "policy.model")
-    base = find_policy(name, root=root, key=key, on_note=on_note)
+    base = find_policy(name, root=root, key=key, on_note=on_note, storage=config.run)
     on_note(f"evaluating {model.checkpoint.uri} against {base.checkpoint.uri}")
     return model, base
 
@@ -64,7 +66,7 @@ def prepare_prompts(config: Config, run: RunFolder, model: PolicySource, base: P
     ]
     if model.run is None:
         print(f"what {model.checkpoint.uri} learned from is not known here: it may have seen the evaluation's prompts")
-    prepare_evaluation(config, run.path, [model.checkpoint.uri, base.checkpoint.uri], seen, print)
+    prepare_evaluation(config, run.path, [model.folder, base.folder], seen, print)
 
 
 def evaluate_against(
@@ -76,7 +78,7 @@ def evaluate_against(
     base: str,
     started: float,
 ) -> dict[str, Any]:
-    """Measure `checkpoint` against `base`, a folder or hub name; write evaluation.json and the report; returns that."""
+    """Measure `checkpoint` against `base`, a folder, URI or name; write evaluation.json and the report, returned."""
     from alignment.evaluation import evaluation, paired_rows
     from alignment.report import build_report, write_report
 
@@ -135,8 +137,13 @@ def _measure(
     progress = PhaseLines(len(prompts) * (own.best_of_n + 3))  # base, aligned, KL
     with served(config, run, reward) as server:
         base, aligned = (
-            load_policy(uri, prompt_format=policy.prompt_format, device=device, dtype=policy.dtype)
-            for uri in (base_uri, checkpoint.uri)
+            load_policy(
+                loadable(uri, run, config.run, key),
+                prompt_format=policy.prompt_format,
+                device=device,
+                dtype=policy.dtype,
+            )
+            for key, uri in (("evaluation.base", base_uri), ("evaluation.model", checkpoint.uri))
         )
         judge = load_judge(Path(judge_ref.uri))
         with tested_clients(config, run, server, reward, progress.note) as ensemble:

@@ -92,6 +92,8 @@ def fit(fitting: Fitting, folder: RunFolder, config: Config, stop: Stop, *, star
         asked = any_rank(bool(stop.reason), fitting.ranks, fitting.engine.device)
         if pause or asked:
             save(fitting, folder, config, step)
+        if pause and is_writer:
+            emit({"kind": "checkpoint", "step": step})
         if asked:
             if is_writer:
                 emit({"kind": "stopped", "step": step, "reason": stop.reason or ANOTHER})

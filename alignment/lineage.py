@@ -5,12 +5,13 @@
     python -m alignment.lineage RUN --diff OTHER what differs between two runs
     python -m alignment.lineage RUN --verify     every digest, recomputed; exit status 1 where one is wrong
 
-RUN is a run's folder, or its id under `runs/` (`latest` too). Each manifest names its parent's weights and the
-sha256 of its parent's manifest, so the chain cannot be changed anywhere without changing its newest link. All
-manifests are kept in `lineage/`, also of checkpoints that were pruned.
+RUN is a run's folder, its s3:// URI, or its id under `runs/` (`latest` too). Each manifest names its parent's
+weights and the sha256 of its parent's manifest, so the chain cannot be changed anywhere without changing its newest
+link. All manifests are kept in `lineage/`, also of checkpoints that were pruned.
 """
 
 import argparse
+import contextlib
 import json
 import signal
 import sys
@@ -18,11 +19,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from alignment.config import parse_config
+from alignment.config_sections import RunSection
 from alignment.continuation import differences
 from alignment.errors import AlignmentError, CheckpointError, DataError
 from alignment.mix_in import MIX_IN
 from alignment.provenance import metrics_digest
 from alignment.run_folder import RunFolder
+from alignment.s3 import is_s3
+from alignment.s3_objects import read_bytes
+from alignment.workspace import find_run, opened
 from models.checkpoints import finished, read_manifest, sha256_file, verify
 
 Manifest = Mapping[str, Any]
@@ -139,18 +145,18 @@ def check(run: RunFolder) -> Iterator[tuple[bool, str]]:
     for link in reversed(links):
         for name, digest in link["rollouts"].items():
             yield _matches(run.rollouts / name, digest)
-    yield from _check_reward_model(run, links[0])
+    yield from _check_reward_model(run, links[0], RunSection(**config["run"]))
 
 
-def _check_reward_model(run: RunFolder, newest: Manifest) -> Iterator[tuple[bool, str]]:
-    from models.reward_export import read_version
+def _check_reward_model(run: RunFolder, newest: Manifest, storage: RunSection) -> Iterator[tuple[bool, str]]:
+    from alignment.reward_repository import read_export
 
     reward = json.loads(run.scorers.read_text())["reward_model"]
     if not reward["repository"]:
         return  # of an external server: its weights were never seen here
     what = f"reward model {reward['name']} version {reward['version']}"
     try:
-        found = read_version(Path(reward["repository"]), reward["name"], reward["version"]).digest
+        found = read_export(reward["repository"], reward["name"], reward["version"], storage).digest
     except AlignmentError as error:
         yield False, f"{what}: {error}"
         return
@@ -203,10 +209,22 @@ def _code(code: Mapping[str, Any]) -> str:
     return f"sources {code['sha256'][:12]}{commit}"
 
 
-def _run(name: str) -> RunFolder:
+@contextlib.contextmanager
+def _run(name: str) -> Iterator[RunFolder]:
+    """The run's folder; of one under s3:// a copy with all its checkpoints."""
+    uri = find_run("", name) if is_s3(name) else None
+    if uri:
+        found = read_bytes(f"{uri}/config.json")
+        config = parse_config(found[0].decode() if found else "")
+        # The run's workspace is a place of the nodes that it ran on.
+        config = config.model_copy(update={"run": config.run.model_copy(update={"workspace": None})})
+        with opened(config, uri, writes=False, all_kept=True, keeps=lambda *_: set) as run:
+            yield run
+        return
     for path in (Path(name), Path("runs") / name):
         if (path / "config.json").is_file():
-            return RunFolder(path.resolve())
+            yield RunFolder(path.resolve())
+            return
     raise DataError(f"{name}: no run folder of that name, and no run of that id in runs/")
 
 
@@ -215,23 +233,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m alignment.lineage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", help="a run's folder, or its id under runs/")
+    parser.add_argument("run", help="a run's folder, its s3:// URI, or its id under runs/")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--step", type=int, help="the decisions of this RS step")
     what.add_argument("--diff", metavar="OTHER", help="what differs from this run")
     what.add_argument("--verify", action="store_true", help="recompute every digest")
     options = parser.parse_args(arguments)
     try:
-        run = _run(options.run)
-        if options.verify:
-            results = list(check(run))
-            print(*(f"{'ok    ' if right else 'WRONG '} {what}" for right, what in results), sep="\n")
-            return 0 if all(right for right, _ in results) else 1
-        if options.step is not None:
-            lines = describe_step(run, options.step)
-        else:
-            lines = describe_difference(run, _run(options.diff)) if options.diff else describe(run)
-        print(*lines, sep="\n")
+        with contextlib.ExitStack() as stack:
+            return _answer(options, stack)
     except AlignmentError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -240,6 +250,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"CheckpointError: a manifest of {options.run} lacks {error}: not written by this program", file=sys.stderr
         )
         return 1
+
+
+def _answer(options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
+    run = stack.enter_context(_run(options.run))
+    if options.verify:
+        results = list(check(run))
+        print(*(f"{'ok    ' if right else 'WRONG '} {what}" for right, what in results), sep="\n")
+        return 0 if all(right for right, _ in results) else 1
+    if options.step is not None:
+        lines = describe_step(run, options.step)
+    elif options.diff:
+        lines = describe_difference(run, stack.enter_context(_run(options.diff)))
+    else:
+        lines = describe(run)
+    print(*lines, sep="\n")
     return 0
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from alignment.atomic_files import json_text, write_text
 from alignment.config import Config
 from alignment.demonstrations import count_faults, encode_demonstrations, read_demonstrations
-from alignment.embedded import policy_folder
 from alignment.errors import DataError
+from alignment.policy_source import base_folder
 from alignment.preparation import cache_folder, load_prompt_sets
 from alignment.prompts import prompt_text, read_order
 from alignment.types import Demonstration, Rollout, TokenSequence
@@ -34,7 +34,7 @@ def prepare_mix_in(config: Config, run: Path, on_note: Callable[[str], None]) ->
     source, cache = config.training.sft_mix, cache_folder(config)
     if source is None:
         return
-    base = policy_folder(config.policy.model, cache, on_note)
+    base = base_folder(config, on_note)
     reader = load_reader(base, prompt_format=config.policy.prompt_format)
     eos_ids = load_ending_tokens(base, reader)
     longest = config.prompts.max_prompt_tokens + config.rollouts.max_new_tokens

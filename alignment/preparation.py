@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from alignment.atomic_files import json_text, write_text
 from alignment.config import Config
-from alignment.embedded import policy_folder
 from alignment.errors import DataError
+from alignment.policy_source import base_folder
 from alignment.prompts import evaluation_split, exclude_overlap, read_order, read_prompts, split_held_out
 from alignment.types import Prompt
+from alignment.workspace import local_root
 
 if TYPE_CHECKING:
     from models.policy import PromptReader
@@ -33,14 +34,14 @@ class PromptSets:
 
 
 def cache_folder(config: Config) -> Path:
-    """Where converted models and downloads are kept, shared by all runs of a root."""
-    return Path(config.run.root) / "cache"
+    """Where converted models and downloads are kept, shared by all runs of a root, on this node where that is in S3."""
+    return local_root(config.run) / "cache"
 
 
 def prepare(config: Config, run: Path, on_note: Callable[[str], None]) -> None:
     """Write the prompt sets of a run. Raises ConfigError, DataError or ModelError."""
     cache = cache_folder(config)
-    fitting = _Fitting(config, [_reader(config, policy_folder(config.policy.model, cache, on_note))])
+    fitting = _Fitting(config, [_reader(config, base_folder(config, on_note))])
     validation, evaluation = _held_out(config, fitting)
     train, overlap = exclude_overlap(fitting.read(config.prompts.train, cache), [*validation, *evaluation])
     fitting.excluded.extend(overlap)

@@ -204,6 +204,33 @@ class FitLines:
         self._on_line(f"{line} | {self._done / seconds:.1f} {unit}/s | {duration(left)} left")
 
 
+class TransferLines:
+    """Lines about bytes that go to or come from a store: at most one every 10 s, with rate and time left.
+
+    `total` is in bytes. Quick transfers show nothing; `update` may be called from several threads, one at a time.
+    """
+
+    def __init__(
+        self, on_line: Callable[[str], None], title: str, total: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._on_line, self._title, self._total, self._clock = on_line, title, total, clock
+        self._begun = self._said = clock()
+        self._done = 0
+
+    def update(self, count: int) -> None:
+        """`count` more bytes are done."""
+        now, self._done = self._clock(), self._done + count
+        if now - self._said < QUIET_SECONDS or self._done > self._total:
+            return
+        self._said = now
+        rate = self._done / max(now - self._begun, 1e-6)
+        left = f" | {duration((self._total - self._done) / rate)} left" if 0 < self._done < self._total else ""
+        self._on_line(
+            f"{self._title}: {_bar(self._done, self._total)} {self._done / 1e6:.0f}/{self._total / 1e6:.0f} MB"
+            f" | {rate / 1e6:.1f} MB/s{left}"
+        )
+
+
 def _bar(done: int, total: int) -> str:
     filled = BAR * done // total
     return f"[{'#' * filled}{'.' * (BAR - filled)}]"

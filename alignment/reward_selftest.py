@@ -11,7 +11,9 @@ note says so.
 from collections.abc import Sequence
 from pathlib import Path
 
+from alignment.config_sections import RunSection
 from alignment.errors import ModelError, RewardRequestError, RewardServerError
+from alignment.reward_repository import local_repository
 from alignment.scoring import RewardClient
 from alignment.types import Message, RewardModelRef
 
@@ -51,17 +53,20 @@ def self_test(client: RewardClient, version: str) -> str:
     return f"alone, batched and reordered agree within {gap:.0e}"
 
 
-def check_export(reward: RewardModelRef) -> str:
+def check_export(reward: RewardModelRef, storage: RunSection | None = None) -> str:
     """Compare the export that a local server serves with the run's reference; returns what was found.
 
+    `storage` says where copies of what lies in S3 are kept.
     Raises RewardServerError where its digest is another, its weights were changed, or some are missing.
     """
     from models.reward_export import read_version
 
     who = f"the reward model {reward.name} version {reward.version} of the local server, in {reward.repository},"
     try:
-        found = read_version(Path(reward.repository), reward.name, reward.version)
-        new = newly_made(Path(reward.repository) / reward.name / reward.version / "weights")
+        versions = [(reward.name, reward.version)]
+        with local_repository(reward.repository, versions, storage or RunSection()) as repository:
+            found = read_version(repository, reward.name, reward.version)
+            new = newly_made(repository / reward.name / reward.version / "weights")
     except ModelError as error:
         raise RewardServerError(f"{who} is not fit to score: {error}") from error
     if reward.digest and found.digest != reward.digest:

@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from alignment.launch import SOURCE_ROOT
 from alignment.preparation import cache_folder
 from alignment.progress import FitLines
 from alignment.reward_data import TEST, RewardData, read_reward_data
+from alignment.reward_repository import export_place, find_export, read_export
 from alignment.run_folder import RunFolder
 from alignment.task import fit_on_workers, reward_client
 from alignment.types import RewardModelRef
+from alignment.workspace import local_root
 from models.checkpoints import sha256_file
 
 SERVED_CODE = SOURCE_ROOT / "triton_repo" / "reward_model" / "1" / "model.py"
@@ -33,19 +36,17 @@ def prepare_reward_model(config: Config, on_note: Note, run_id: str = "") -> Rew
 
     `run_id` goes into a new version's card. Raises AlignmentError.
     """
-    from models.reward_export import find_version, read_version
-
     reward = config.reward
     if reward.url:
         return _external(config, reward.url)
     if reward.version:
         on_note(f"reward model: version {reward.version} scores, with the template and lengths of its export")
-        return read_version(config.reward_repository, reward.name, reward.version)
+        return read_export(config.reward_repository, reward.name, reward.version, config.run)
     data = read_reward_data(config)
     recipe = recipe_digest(config, data)
-    folder = RunFolder(Path(config.run.root) / "reward_training" / recipe[:16])
+    folder = RunFolder(local_root(config.run) / "reward_training" / recipe[:16])
     with _alone(folder, on_note):
-        found = find_version(config.reward_repository, reward.name, recipe)
+        found = find_export(config.reward_repository, reward.name, recipe, config.run)
         if found:
             on_note(
                 f"reward model: version {found.version} of {found.name} was made by this recipe, "
@@ -131,28 +132,32 @@ def _measure_and_export(
         "quality": quality,
         **_described(config, tokenizer, data, folder),
     }
-    return export_version(
-        model,
-        tokenizer,
-        repository=config.reward_repository,
-        name=reward.name,
-        serving=Serving(
-            template=reward.template,
-            max_tokens=reward.max_tokens,
-            token_budget=reward.token_budget,
-            over_long=reward.over_long,
-            output=reward.output,
-            mean=primary.get("reward_mean"),
-            std=primary.get("reward_std"),
-            merge_weights=config.merge_weights,
-            dtype=reward.dtype,
-            device_map=reward.device_map,
-            runtime=reward.runtime,
-            instances=reward.instances,
-        ),
-        card=card,
-        page=reward_page,
+    serving = Serving(
+        template=reward.template,
+        max_tokens=reward.max_tokens,
+        token_budget=reward.token_budget,
+        over_long=reward.over_long,
+        output=reward.output,
+        mean=primary.get("reward_mean"),
+        std=primary.get("reward_std"),
+        merge_weights=config.merge_weights,
+        dtype=reward.dtype,
+        device_map=reward.device_map,
+        runtime=reward.runtime,
+        instances=reward.instances,
     )
+    with export_place(config.reward_repository, reward.name) as (repository, claim):
+        ref = export_version(
+            model,
+            tokenizer,
+            repository=repository,
+            name=reward.name,
+            serving=serving,
+            card=card,
+            page=reward_page,
+            claim=claim,
+        )
+    return replace(ref, repository=config.reward_repository)
 
 
 def _trained_model(config: Config, folder: RunFolder, *, has_trained: bool) -> tuple[Any, Any, int]:

@@ -1,4 +1,6 @@
-"""What a run's events are passed on to, whichever executor made them: lines, a file for Prometheus, W&B, the alarm."""
+"""What a run's events are passed on to, whichever executor made them: lines, a file for Prometheus, W&B, the alarm,
+and where the run lives, if its folder is a copy.
+"""
 
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +24,8 @@ def listener(run: RunFolder, wandb_run: Tracker, *, done: int, total: int) -> Ca
         before, shown = shown, after(shown, event, time.time())
         if shown is not before:
             write_progress(run, shown)
+        if event["kind"] in ("step", "validation", "checkpoint"):
+            run.send()
         if event["kind"] == "step":
             wandb_run.log_step(event)
         elif event["kind"] == "validation":

@@ -15,9 +15,9 @@ import re
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from alignment.atomic_files import disk_errors, json_text, write_atomically
 from alignment.atomic_files import write_json as write_json
@@ -44,11 +44,42 @@ MODEL_COLUMNS = ("member_rewards", "shadow_rewards")
 """Further columns, maps from "name/version" to a score, of runs in which several reward models score."""
 
 
+class Remote(Protocol):
+    """Where a run lives whose folder is a copy (see `alignment.workspace`)."""
+
+    @property
+    def uri(self) -> str:
+        """s3://bucket/prefix/RUN."""
+
+    def send(self) -> None:
+        """Send what is new, in the background; raises what the sending before met."""
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """One run's folder. Making the object touches no file."""
 
     path: Path
+    remote: Remote | None = field(default=None, compare=False)
+    """Where the run lives, if this folder is a copy."""
+
+    @property
+    def uri(self) -> str:
+        """What names the run on every node: its folder, or where it lives under s3://."""
+        return self.remote.uri if self.remote else str(self.path)
+
+    def uri_of(self, path: Path) -> str:
+        """What names a file or folder of the run on every node."""
+        return f"{self.uri}/{path.relative_to(self.path)}"
+
+    def local(self, uri: str) -> str:
+        """The path of what `uri_of` named; anything else as it is."""
+        return str(self.path / uri.removeprefix(f"{self.uri}/")) if uri.startswith(f"{self.uri}/") else uri
+
+    def send(self) -> None:
+        """Send what is new to where the run lives, in the background; nothing for a run that lives here."""
+        if self.remote:
+            self.remote.send()
 
     @property
     def config(self) -> Path:
@@ -196,13 +227,13 @@ class RunFolder:
 def create(root: str | Path, run_id: str, config_json: str) -> RunFolder:
     """Makes `<root>/<run id>/` with its config.json, and points `<root>/latest` at it.
 
-    Calling it again is harmless: a retried start or a resume finds what is there. Raises ConfigError for a
-    root that is no local folder, DataError for a run id that is no folder name or another run's, DiskError.
+    Calling it again is harmless: a retried start or a resume finds what is there. A root under s3:// is
+    `alignment.workspace`'s. Raises ConfigError for any other root that is no local folder, DataError for a run id that
+    is no folder name or another run's, DiskError.
     """
     if "://" in str(root):
-        raise ConfigError(f"run.root ({root}) must be a local folder: runs are not written to object stores directly")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run_id) or run_id == "latest":
-        raise DataError(f"run id {run_id!r} cannot name a folder: use letters, digits, '.', '_' and '-', not 'latest'")
+        raise ConfigError(f"run.root ({root}) must be a local folder or s3://bucket/prefix")
+    check_id(run_id)
     folder = RunFolder(Path(root) / run_id)
     with disk_errors(folder.path):
         for path in (folder.path, folder.checkpoints):
@@ -216,6 +247,12 @@ def create(root: str | Path, run_id: str, config_json: str) -> RunFolder:
         waiting.symlink_to(run_id)
         waiting.replace(latest)
     return folder
+
+
+def check_id(run_id: str) -> None:
+    """Raise DataError for a run id that cannot name a folder."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run_id) or run_id == "latest":
+        raise DataError(f"run id {run_id!r} cannot name a folder: use letters, digits, '.', '_' and '-', not 'latest'")
 
 
 def _try_lock(file: IO[str]) -> bool:

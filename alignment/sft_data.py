@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from alignment.atomic_files import json_text, write_atomically, write_text
 from alignment.config import Config
 from alignment.demonstrations import count_faults, encode_demonstrations, read_demonstrations
-from alignment.embedded import policy_folder
 from alignment.errors import ConfigError, DataError
 from alignment.mixture import per_epoch
+from alignment.policy_source import base_folder
 from alignment.preparation import cache_folder
 from alignment.prompts import PromptText, prompt_text, read_prompts
 from alignment.splits import split_by_prompt
@@ -65,7 +65,7 @@ def prepare_examples(config: Config, run: Path) -> list[dict[str, Any]]:
     """Read, tokenize and write the examples; a summary of each set. Raises ConfigError, DataError or ModelError."""
     from models.policy import load_ending_tokens, load_reader
 
-    own, source = config.sft, policy_folder(config.policy.model, cache_folder(config))
+    own, source = config.sft, base_folder(config)
     reader = load_reader(source, prompt_format=config.policy.prompt_format, chat_template=own.chat_template)
     if reader.context is not None and own.max_tokens > reader.context:
         raise ConfigError(

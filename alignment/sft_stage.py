@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ from alignment.atomic_files import disk_errors, settle_files, write_json
 from alignment.config import Config, parse_config
 from alignment.errors import AlignmentError, ConfigError, StoppedError
 from alignment.progress import FitLines, duration
-from alignment.run_folder import RunFolder, create
+from alignment.run_folder import RunFolder
+from alignment.run_mirror import Names
 from alignment.sft_data import TRAINED, prepare_examples
 from alignment.task import claim_devices, fit_on_workers, timed_task
 from alignment.types import Checkpoint
+from alignment.workspace import child, create, opened
 
 WORKER = "alignment.sft_worker"
 STEP_KEYS = ("step", "loss", "lr", "grad_norm", "examples", "tokens", "learned_tokens", "seconds", "tokens_per_second")
@@ -45,18 +47,34 @@ def begin(config: Config, run_id: str, resumed_id: str | None, on_note: Note) ->
     from alignment.continuation import first_id
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it only tokenizes, maybe on a node without the GPUs
-    root = Path(config.run.root) / "sft"
-    run = create(root, first_id(root, run_id, resumed_id), config.model_dump_json(indent=2))
-    with timed_task(run, "start"):
+    root = child(config.run.root, "sft")
+    path = create(config.run, root, first_id(root, run_id, resumed_id), config.model_dump_json(indent=2))
+    with opened(config, path, keeps=kept_by_loss) as run, timed_task(run, "start"):
         summaries = prepare_examples(config, run.path)
     for summary in summaries:
         left_out = ", ".join(f"{count} {fault}" for fault, count in summary["left_out"].items())
-        listed = f"; left out {left_out}, listed in {run.path / 'excluded_examples.jsonl'}" if left_out else ""
+        listed = f"; left out {left_out}, listed in {run.uri}/excluded_examples.jsonl" if left_out else ""
         on_note(
             f"{summary['source']}: {summary['examples']} examples {summary['role']}, {summary['tokens']} tokens, "
             f"of which the loss counts {summary['learned_tokens']}{listed}"
         )
-    return str(run.path), summaries
+    return path, summaries
+
+
+def kept_by_loss(config: Config, run: RunFolder) -> Names:
+    """The checkpoints that a fine-tuning keeps: the newest, and `sft.keep_best` by validation loss."""
+    from alignment.fitting import validation_losses
+    from models.checkpoints import kept_folders
+
+    def kept(names: Sequence[str]) -> set[str]:
+        rewards = {step: -loss for step, loss in validation_losses(run).items()}
+        folders = [Path(name) for name in names]
+        return {
+            folder.name
+            for folder in kept_folders(folders, keep_last=1, keep_best=config.sft.keep_best, validations=rewards)
+        }
+
+    return kept
 
 
 def train(config: Config, run: RunFolder, on_note: Note) -> None:
@@ -89,7 +107,7 @@ def finish(config: Config, run: RunFolder, summaries: list[dict[str, Any]], star
         | {name: sum(t["seconds"] for t in tasks if t["name"] == name) for name in ("start", "train", "export")},
         "checkpoints": [folder.name for folder in finished(run.checkpoints)],
         "model": {
-            "uri": str(run.path / "model"),
+            "uri": run.uri_of(run.path / "model"),
             "step": checkpoint.step,
             "validation_loss": losses.get(checkpoint.step),
         },

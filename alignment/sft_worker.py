@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config import Config
-from alignment.embedded import policy_folder
 from alignment.lifeline import Stop
-from alignment.preparation import cache_folder
+from alignment.policy_source import base_folder
 from alignment.run_folder import RunFolder
 from alignment.worker import stoppable
 
@@ -72,7 +71,7 @@ def trainable_policy(config: Config) -> tuple[Any, Any]:
 
     own = config.sft
     policy = load_policy(
-        policy_folder(config.policy.model, cache_folder(config)),
+        base_folder(config),
         prompt_format=config.policy.prompt_format,
         device="cuda" if config.resources.gpu else "cpu",
         dtype=config.policy.dtype,

@@ -4,16 +4,18 @@ Heavy imports stay behind these functions: a flow's `--help` and `show` load non
 """
 
 import json
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from alignment.atomic_files import write_json
 from alignment.config import Config
 from alignment.errors import ConfigError
-from alignment.run_folder import RunFolder, create
+from alignment.run_folder import RunFolder
 from alignment.task import claim_devices, timed_task
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
+from alignment.workspace import child, create, opened
 
 
 def begin(config: Config, run_id: str, resumed_id: str | None = None) -> tuple[str, dict[str, int]]:
@@ -23,24 +25,34 @@ def begin(config: Config, run_id: str, resumed_id: str | None = None) -> tuple[s
     Returns the run's path and the sizes of the prompt sets.
     """
     from alignment.continuation import adopt, find_source, first_id
-    from alignment.disk import disk_needs
     from alignment.inputs import check_inputs
     from alignment.mix_in import prepare_mix_in
-    from alignment.preparation import NAMES, load_prompt_sets, prepare
+    from alignment.preparation import prepare
     from alignment.rollout_engine import check_engine
     from alignment.trained_policy import check_recomputing
 
-    source = find_source(config)  # before `latest`, which it may name, points to the new run
-    run = create(config.run.root, first_id(config.run.root, run_id, resumed_id), config.model_dump_json(indent=2))
-    with timed_task(run, "start"):
-        check_engine(config)
-        check_inputs(config)
-        if source is None:
-            prepare(config, run.path, print)
-        else:
-            adopt(config, source, run)
-        check_recomputing(config)
-        prepare_mix_in(config, run.path, print)
+    source, root = find_source(config), config.run.root  # before `latest`, which it may name, points to the new run
+    path = create(config.run, root, first_id(root, run_id, resumed_id), config.model_dump_json(indent=2))
+    with ExitStack() as stack:
+        run = stack.enter_context(opened(config, path))
+        with timed_task(run, "start"):
+            check_engine(config)
+            check_inputs(config)
+            if source is None:
+                prepare(config, run.path, print)
+            else:
+                adopt(config, stack.enter_context(opened(config, source, writes=False, all_kept=True)), run)
+            check_recomputing(config)
+            prepare_mix_in(config, run.path, print)
+        counts = _counts(config, run)
+    return path, counts
+
+
+def _counts(config: Config, run: RunFolder) -> dict[str, int]:
+    """The sizes of the prompt sets. Raises ConfigError where they do not go with the config."""
+    from alignment.disk import disk_needs
+    from alignment.preparation import NAMES, load_prompt_sets
+
     sets = load_prompt_sets(run.path)
     if config.rollouts.references == "join" and all(prompt.reference is None for prompt in sets.train):
         raise ConfigError(
@@ -52,7 +64,7 @@ def begin(config: Config, run_id: str, resumed_id: str | None = None) -> tuple[s
     total = config.total_steps(counts["train"])
     config.training.check_schedule(total)
     print(disk_needs(config, run, total))
-    return str(run.path), counts
+    return counts
 
 
 def prepare_scorers(config: Config, run_path: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -66,26 +78,27 @@ def prepare_scorers(config: Config, run_path: str) -> tuple[dict[str, Any], dict
     from alignment.reward_stage import prepare_reward_model
 
     claim_devices(config)
-    run = RunFolder(Path(run_path))
-    if not run.scorers.exists():
-        with timed_task(run, "reward_model"):
-            others = find_others(config)
-            reward = prepare_reward_model(config, print, run.path.name)
-            check_distinct(reward, others)
-            judge = prepare_judge(config, run.path / "judge", print)
-        write_json(run.scorers, {"reward_model": asdict(reward), "judge": asdict(judge), **others})
-    scorers = json.loads(run.scorers.read_text())
+    with opened(config, run_path) as run:
+        if not run.scorers.exists():
+            with timed_task(run, "reward_model"):
+                others = find_others(config)
+                reward = prepare_reward_model(config, print, run.path.name)
+                check_distinct(reward, others)
+                judge = prepare_judge(config, run.path / "judge", print)
+            named = replace(judge, uri=run.uri_of(Path(judge.uri)))
+            write_json(run.scorers, {"reward_model": asdict(reward), "judge": asdict(named), **others})
+        scorers = json.loads(run.scorers.read_text())
     return scorers["reward_model"], scorers["judge"]
 
 
 def train_reward_model(config: Config, run_id: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The reward model of a config, trained and exported unless its recipe has been; its reference and its card."""
+    from alignment.reward_repository import card_of
     from alignment.reward_stage import prepare_reward_model
-    from models.reward_export import read_card
 
     claim_devices(config)
     ref = prepare_reward_model(config, print, run_id)
-    return asdict(ref), read_card(Path(ref.repository) / ref.name / ref.version)
+    return asdict(ref), card_of(ref)
 
 
 def run_iteration(
@@ -95,13 +108,19 @@ def run_iteration(
     from alignment import colocated, inner_run
     from alignment.preparation import load_prompt_sets
 
-    run = RunFolder(Path(run_path))
-    if config.loop.executor == "disaggregated":
-        checkpoint = inner_run.iterate(config, run)
-    else:
-        checkpoint = colocated.iterate(config, run, RewardModelRef(**reward), JudgeRef(**judge))
-    total = config.total_steps(len(load_prompt_sets(run.path).train))
-    return asdict(checkpoint), checkpoint.step < total
+    with opened(config, run_path) as run:
+        if config.loop.executor == "disaggregated":
+            checkpoint = inner_run.iterate(config, run)
+        else:
+            checkpoint = colocated.iterate(config, run, RewardModelRef(**reward), _judge_in(run, judge))
+        total = config.total_steps(len(load_prompt_sets(run.path).train))
+        named = replace(checkpoint, uri=run.uri_of(Path(checkpoint.uri)))
+    return asdict(named), checkpoint.step < total
+
+
+def _judge_in(run: RunFolder, judge: dict[str, Any]) -> JudgeRef:
+    """The run's judge where this task finds it."""
+    return JudgeRef(**{**judge, "uri": run.local(judge["uri"])})
 
 
 def run_evaluation(
@@ -109,9 +128,11 @@ def run_evaluation(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Evaluate and report; returns the report and a reference to the evaluated checkpoint."""
     from alignment.evaluation_stage import evaluate
+    from models.registry import register_result
 
-    run = RunFolder(Path(run_path))
-    report, checkpoint = evaluate(config, run, RewardModelRef(**reward), JudgeRef(**judge), started)
+    with opened(config, run_path, all_kept=True) as run:
+        report, checkpoint = evaluate(config, run, RewardModelRef(**reward), _judge_in(run, judge), started)
+    register_result(config, run_path, reward, checkpoint)
     return report, asdict(checkpoint)
 
 
@@ -124,11 +145,11 @@ def begin_sft(config: Config, run_id: str, resumed_id: str | None = None) -> tup
 
 def train_sft(config: Config, run_path: str, data: list[dict[str, Any]], started: float) -> dict[str, Any]:
     """Fine-tune from the last checkpoint to the end, write the model; returns the report."""
-    from alignment.sft_stage import finish, train
+    from alignment.sft_stage import finish, kept_by_loss, train
 
-    run = RunFolder(Path(run_path))
-    train(config, run, print)
-    return finish(config, run, data, started)
+    with opened(config, run_path, all_kept=True, keeps=kept_by_loss) as run:
+        train(config, run, print)
+        return finish(config, run, data, started)
 
 
 def begin_evaluation(config: Config, run_id: str, resumed_id: str | None = None) -> tuple[str, dict[str, Any], str]:
@@ -144,12 +165,12 @@ def begin_evaluation(config: Config, run_id: str, resumed_id: str | None = None)
     check_tasks(config.evaluation.lm_eval_tasks)
     model, base = find_policies(config, print)
     # A folder of their own: `latest` goes on to mean the newest run that trained.
-    root = Path(config.run.root) / "evaluations"
-    run = create(root, first_id(root, run_id, resumed_id), config.model_dump_json(indent=2))
-    with timed_task(run, "start"):
+    root = child(config.run.root, "evaluations")
+    path = create(config.run, root, first_id(root, run_id, resumed_id), config.model_dump_json(indent=2))
+    with opened(config, path) as run, timed_task(run, "start"):
         check_inputs(config)
         prepare_prompts(config, run, model, base)
-    return str(run.path), asdict(model.checkpoint), base.checkpoint.uri
+    return path, asdict(model.checkpoint), base.checkpoint.uri
 
 
 def run_evaluation_of(
@@ -164,7 +185,6 @@ def run_evaluation_of(
     """Evaluate a policy that `begin_evaluation` found, and report; returns the report."""
     from alignment.evaluation_stage import evaluate_against
 
-    run = RunFolder(Path(run_path))
-    return evaluate_against(
-        config, run, RewardModelRef(**reward), JudgeRef(**judge), Checkpoint(**model), base, started
-    )
+    with opened(config, run_path) as run:
+        scorers = RewardModelRef(**reward), _judge_in(run, judge)
+        return evaluate_against(config, run, *scorers, Checkpoint(**model), base, started)

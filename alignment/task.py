@@ -13,6 +13,7 @@ from alignment.config import Config
 from alignment.errors import ConfigError
 from alignment.launch import run_workers
 from alignment.progress import FitLines
+from alignment.reward_repository import local_repository
 from alignment.reward_server import RewardServer, reward_server
 from alignment.run_folder import RunFolder
 from alignment.tracking import Tracker, tracked
@@ -68,6 +69,8 @@ def fit_on_workers(worker: str, config: Config, folder: RunFolder, progress: Fit
     stopped: list[str] = []
 
     def on_event(event: dict[str, Any]) -> None:
+        if event["kind"] == "checkpoint":
+            folder.send()
         if event["kind"] == "stopped":
             stopped.append(f"stopped after step {event['step']}: {event['reason']}")
         progress.update(event)
@@ -105,19 +108,30 @@ def scoring_models(config: Config, run: RunFolder, reward: RewardModelRef) -> Sc
     return ScoringModels((reward, *others["members"]), tuple(others["shadows"]))
 
 
-def served(config: Config, run: RunFolder, reward: RewardModelRef) -> AbstractContextManager[RewardServer]:
-    """The reward server of this task: external where `reward.url` is set, else a child that ends with it."""
-    others = scoring_models(config, run, reward).all[1:]
-    return reward_server(
-        repository=Path(reward.repository),
-        name=reward.name,
-        version=reward.version,
-        url=config.reward.url,
-        grpc_port=config.reward.grpc_port,
-        log=run.path / "logs" / "triton.log",
-        threads=config.resources.threads,
-        also=[f"{other.name}/{other.version}" for other in others],
-    )
+@contextmanager
+def served(config: Config, run: RunFolder, reward: RewardModelRef) -> Iterator[RewardServer]:
+    """The reward server of this task: external where `reward.url` is set, else a child that ends with it.
+
+    What lies in S3 is served from a local copy that is checked first.
+    """
+    models = scoring_models(config, run, reward).all
+    with ExitStack() as stack:
+        repository = Path()  # of an external server nobody reads one
+        if config.reward.url is None:
+            versions = [(model.name, model.version) for model in models]
+            repository = stack.enter_context(local_repository(reward.repository, versions, config.run))
+        yield stack.enter_context(
+            reward_server(
+                repository=repository,
+                name=reward.name,
+                version=reward.version,
+                url=config.reward.url,
+                grpc_port=config.reward.grpc_port,
+                log=run.path / "logs" / "triton.log",
+                threads=config.resources.threads,
+                also=[f"{other.name}/{other.version}" for other in models[1:]],
+            )
+        )
 
 
 def reward_client(
@@ -160,7 +174,11 @@ def check_scoring(
     """
     from alignment.reward_selftest import check_export, self_test
 
-    on_disk = check_export(reward) if config.reward.url is None else "its weights, head included, are out of sight"
+    on_disk = (
+        check_export(reward, config.run)
+        if config.reward.url is None
+        else "its weights, head included, are out of sight"
+    )
     client.wait_ready(ready_timeout_s(config))
     over_the_wire = self_test(client, reward.version)
     on_note(f"self-test of {reward.name} version {reward.version} at {client.url}: {on_disk}; {over_the_wire}")

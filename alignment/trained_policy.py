@@ -17,9 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from alignment.atomic_files import disk_errors
 from alignment.config import Config
-from alignment.embedded import policy_folder
 from alignment.engine import build_engine, keep_layer_inputs_only
-from alignment.preparation import cache_folder
+from alignment.policy_source import base_folder
 from alignment.types import Checkpoint
 from models.adapters import add_lora, copy_weights, load_trainable, trainable_tensors
 from models.packing import packing_leak
@@ -38,7 +37,7 @@ def load(config: Config, source: Path | str) -> Policy:
 def check_recomputing(config: Config) -> None:
     """Raise ConfigError where training.gradient_checkpointing asks the policy's architecture for what it has not."""
     if config.training.gradient_checkpointing:
-        architecture = AutoConfig.from_pretrained(policy_folder(config.policy.model, cache_folder(config)))
+        architecture = AutoConfig.from_pretrained(base_folder(config))
         with torch.device("meta"):  # without weights
             keep_layer_inputs_only(AutoModelForCausalLM.from_config(architecture), config.training.key)
 

@@ -12,11 +12,11 @@ import torch
 from alignment.atomic_files import disk_errors
 from alignment.config import Config
 from alignment.continuation import check_own
-from alignment.embedded import policy_folder
 from alignment.engine import Ranks, any_rank, learning_rate, optimizer_tensors, restore_optimizer
 from alignment.hosted_optimizer import HostedOptimizer, hosted_optimizer
 from alignment.mix_in import load_mix_in, mixed
-from alignment.preparation import cache_folder, load_prompt_sets
+from alignment.policy_source import base_folder
+from alignment.preparation import load_prompt_sets
 from alignment.provenance import describe_base, keep_manifests, provenance
 from alignment.rollout_engine import load_engine
 from alignment.run_folder import RunFolder
@@ -109,7 +109,7 @@ def load_trainer(config: Config, run: RunFolder, ranks: Ranks) -> Trainer:
     if checkpoint:
         manifest = read_manifest(Path(checkpoint.uri))
         check_own(config, run, Path(checkpoint.uri))
-    base_source = policy_folder(config.policy.model, cache_folder(config))
+    base_source = base_folder(config)
     source = checkpoint.uri if checkpoint else base_source
     policy = load(config, source)
     engine = policy_engine(config, policy, base_source, checkpoint, ranks.world_size)

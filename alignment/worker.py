@@ -122,6 +122,7 @@ def run_iteration(session: "Session", until: int) -> None:
             if step % config.loop.save_interval == 0 or step == until:
                 save_checkpoint(trainer, step)
                 saved = step
+                session.emit({"kind": "checkpoint", "step": step})
     except Interrupted as interrupted:
         if trained > saved:
             save_checkpoint(trainer, trained)

@@ -57,14 +57,19 @@ def parse_preset(text: str) -> dict[str, Any]:
     """Metaflow's parser for the `config` option: YAML or JSON text to a checked, complete, plain dict."""
     from alignment.config import parse_config
     from alignment.continuation import find_source
+    from models.registry import PREFIX, located
 
     with plain_errors():
         config = parse_config(text)
         values, source = config.model_dump(mode="json"), find_source(config)
+        if config.policy.model.startswith(PREFIX):  # an alias may soon be moved
+            values["policy"]["model"] = located(config.run.root, config.policy.model, key="policy.model")
     if source is not None:  # `latest` will soon be another run
-        values["resume"]["from"] = str(source.path)
+        values["resume"]["from"] = source
     # Tasks and resumes may work in another folder than the one in which the run was started.
     values["run"]["root"] = _absolute(values["run"]["root"])
+    if values["run"]["workspace"]:
+        values["run"]["workspace"] = _absolute(values["run"]["workspace"])
     if values["reward"]["repository"]:
         values["reward"]["repository"] = _absolute(values["reward"]["repository"])
     for section, name in INPUTS:

@@ -28,8 +28,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -200,9 +200,6 @@ def main(arguments: list[str] | None = None) -> int:
     def on_signal(number: int, _frame: FrameType | None) -> None:
         stopping.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-
     def should_stop(wait_s: float) -> bool:
         if not options.watch_stdin:
             time.sleep(wait_s)
@@ -210,21 +207,35 @@ def main(arguments: list[str] | None = None) -> int:
             return bool(stopping) or not os.read(sys.stdin.fileno(), 4096)
         return bool(stopping)
 
-    try:
-        models = servable_versions(options.repository, options.model, options.version)
-        for name, version in options.also:
-            found = servable_versions(options.repository, name, version)[name]
-            models[name] = sorted({*models.get(name, []), *found}, key=int)
-    except RewardServerError as error:
-        print(error, file=sys.stderr)
-        return 2
+    with ExitStack() as stack:
+        try:
+            repository = stack.enter_context(_repository(options))
+            models = servable_versions(repository, options.model, options.version)
+            for name, version in options.also:
+                found = servable_versions(repository, name, version)[name]
+                models[name] = sorted({*models.get(name, []), *found}, key=int)
+        except AlignmentError as error:
+            print(error, file=sys.stderr)
+            return 2
+        for number in (signal.SIGINT, signal.SIGTERM):  # from here on: a long download ends at once
+            signal.signal(number, on_signal)
+        return _serve(options, repository, models, should_stop)
+
+
+def _serve(
+    options: argparse.Namespace,
+    repository: Path,
+    models: dict[str, list[str]],
+    should_stop: Callable[[float], bool],
+) -> int:
+    """0 after a stop that was asked for, 1 when the server failed."""
     try:
         ports = _ports(options)
         with ExitStack() as stack:
             log = stack.enter_context(options.log.open("ab")) if options.log else sys.stderr.buffer
             serve(
                 models,
-                repository=options.repository,
+                repository=repository,
                 ports=ports,
                 threads=options.threads,
                 follow=options.follow,
@@ -242,9 +253,31 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+@contextmanager
+def _repository(options: argparse.Namespace) -> Iterator[Path]:
+    """The repository's folder; of one under s3:// a copy of what is to be served. Raises AlignmentError."""
+    from alignment.s3 import is_s3
+
+    if not is_s3(options.repository):
+        yield Path(options.repository)
+        return
+    if options.follow:
+        raise RewardServerError(
+            f"--follow looks at a folder, and {options.repository} is none: serve it without, and start it again for "
+            "newer versions"
+        )
+    from alignment.config_sections import RunSection
+    from alignment.reward_repository import local_repository, served_versions
+
+    uri = options.repository.rstrip("/")
+    versions = [*served_versions(uri, options.model, options.version), *options.also]
+    with local_repository(uri, versions, RunSection()) as folder:
+        yield folder
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m infra.triton", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--repository", type=Path, required=True, help="folder that exports go to (reward.repository)")
+    parser.add_argument("--repository", required=True, help="folder or s3:// prefix of exports (reward.repository)")
     parser.add_argument("--model", help="serve this model alone")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--version", help="serve this version alone")

@@ -154,20 +154,23 @@ def _speakers(options: argparse.Namespace) -> list[Speaker]:
     base = options.base or ((own.run_config or {}).get("policy") or {}).get("model")
     if base is None:
         raise ConfigError(f"{options.policy} does not say what it was made from: give --base MODEL, or --base none")
-    sources = {"aligned": own.checkpoint.uri}
+    sources = {"aligned": own}
     if base != "none":
         found = find_policy(base, root=options.root, key="--base", on_note=note)
-        sources = {"base": found.checkpoint.uri, **sources}
-    for name, uri in sources.items():
-        note(f"{name}: {uri}")
-    return [Speaker(name, load_policy(uri, prompt_format=form, device=options.device)) for name, uri in sources.items()]
+        sources = {"base": found, **sources}
+    for name, source in sources.items():
+        note(f"{name}: {source.checkpoint.uri}")
+    return [
+        Speaker(name, load_policy(source.folder, prompt_format=form, device=options.device))
+        for name, source in sources.items()
+    ]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m models.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("policy", help="run, checkpoint, `smollm2-135m`, model folder or hub name")
+    parser.add_argument("policy", help="run, checkpoint, `smollm2-135m`, model folder or hub name; s3:// too")
     parser.add_argument(
         "--base", help="what to put beside it, named in the same ways, or `none`; else what it began as"
     )

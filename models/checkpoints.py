@@ -125,8 +125,11 @@ def seal(checkpoints: Path, step: int, *, config: Mapping[str, Any], details: Ma
     return _reference(final, manifest)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished checkpoint. Raises CheckpointError where it is missing or was changed."""
+def read_manifest(folder: Path, *, name: str | None = None) -> dict[str, Any]:
+    """The manifest of a finished checkpoint. Raises CheckpointError where it is missing or was changed.
+
+    `name` is the checkpoint's where the folder has another: a copy's.
+    """
     try:
         done, text = (folder / "DONE").read_text(), (folder / "manifest.json").read_text()
         if hashlib.sha256(text.encode()).hexdigest() != done.strip():
@@ -136,12 +139,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder} is not a finished checkpoint: {error}") from error
-    return _checked(manifest, folder)
+    return _checked(manifest, folder, name or folder.name)
 
 
-def verify(folder: Path) -> Checkpoint:
-    """A checkpoint whose every file matches its manifest. Raises CheckpointError naming the first that does not."""
-    manifest = read_manifest(folder)
+def verify(folder: Path, *, name: str | None = None) -> Checkpoint:
+    """A checkpoint whose every file matches its manifest. Raises CheckpointError naming the first that does not.
+
+    `name` is the checkpoint's where the folder has another: a copy's.
+    """
+    manifest = read_manifest(folder, name=name)
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
@@ -223,7 +229,7 @@ def prune(
     CheckpointError where it is not whole.
     """
     folders = finished(checkpoints)
-    kept = {*folders[-keep_last:], *_by_validation(folders, validations or {})[:keep_best]}
+    kept = kept_folders(folders, keep_last=keep_last, keep_best=keep_best, validations=validations)
     doomed = [folder for folder in folders if folder not in kept]
     if doomed:
         verify(folders[-1])
@@ -231,6 +237,13 @@ def prune(
         (folder / "DONE").unlink()  # first, so that a half-removed folder is no checkpoint
         shutil.rmtree(folder)
     return doomed
+
+
+def kept_folders(
+    folders: Sequence[Path], *, keep_last: int, keep_best: int, validations: Mapping[int, float] | None = None
+) -> set[Path]:
+    """Of checkpoint folders, oldest first, those that `prune` keeps; their names are all that is looked at."""
+    return {*folders[-keep_last:], *_by_validation(folders, validations or {})[:keep_best]}
 
 
 def sweep(checkpoints: Path) -> None:
@@ -255,7 +268,7 @@ def folder_digest(folder: Path) -> str:
     return _weights_digest({path.name: {"sha256": sha256_file(path)} for path in weights})
 
 
-def _checked(manifest: Any, folder: Path) -> dict[str, Any]:
+def _checked(manifest: Any, folder: Path, name: str) -> dict[str, Any]:
     """The manifest if it has the shape that readers rely on. Raises CheckpointError."""
     path = folder / "manifest.json"
     try:
@@ -264,7 +277,7 @@ def _checked(manifest: Any, folder: Path) -> dict[str, Any]:
         first = error.errors(include_input=False)[0]
         key = ".".join(str(part) for part in first["loc"])[:80]
         raise CheckpointError(f"{path} was not written by this program: {key}: {first['msg']}") from error
-    if folder.name != checkpoint_folder(folder.parent, shape.step).name:
+    if name != checkpoint_folder(folder.parent, shape.step).name:
         raise CheckpointError(f"{path} is of RS step {shape.step}, which is not the folder's: it was renamed")
     if _weights_digest(manifest["files"]) != shape.weights_sha256:
         raise CheckpointError(f"{path} was not written by this program: weights_sha256 is not that of its files")

@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,13 +39,20 @@ NO_CONTEXT = 1 << 30
 
 
 def export_policy(
-    policy: "Policy", *, repository: Path, name: str, max_new_tokens: int, card: dict[str, Any]
+    policy: "Policy",
+    *,
+    repository: Path,
+    name: str,
+    max_new_tokens: int,
+    card: dict[str, Any],
+    claim: Callable[[Path], str] | None = None,
 ) -> tuple[str, str]:
     """Write the policy as the next free version; returns the version and the digest of its weights.
 
     `max_new_tokens` is the longest response that a request may ask for, and what one gets that does not say. `card`
-    is stored with name, version and digest added. Raises ConfigError where `name` is another kind of model's or
-    `max_new_tokens` leaves no room for a prompt or an answer, DiskError when writing fails.
+    is stored with name, version and digest added; `claim` gives the number, of the model's folder, where that is not
+    up to the folder. Raises ConfigError where `name` is another kind of model's or `max_new_tokens` leaves no room for
+    a prompt or an answer, DiskError when writing fails.
     """
     from models.reward_export import claim_version, weights_digest
 
@@ -58,7 +66,7 @@ def export_policy(
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _write_config(folder, name)
-        version = claim_version(folder)
+        version = (claim or claim_version)(folder)
         build = folder / f".building-{version}"
         try:
             _build(build, policy, {"max_new_tokens": max_new_tokens, "context": context})
@@ -118,32 +126,37 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _export(options: argparse.Namespace) -> str:
     from alignment.policy_source import find_policy, prompt_format_of
+    from alignment.reward_repository import export_place
+    from alignment.s3 import is_s3
+    from alignment.workspace import child
     from models.policy import load_policy
 
     source = find_policy(options.policy, root=options.root, key="the policy", on_note=print)
     form = prompt_format_of(source, options.prompt_format)
-    policy = load_policy(source.checkpoint.uri, prompt_format=form, dtype="as_stored")
-    version, digest = export_policy(
-        policy,
-        repository=options.repository,
-        name=options.name,
-        max_new_tokens=options.max_new_tokens,
-        card={"source": source.checkpoint.uri, "source_sha256": source.checkpoint.sha256, "prompt_format": form},
-    )
-    folder = options.repository / options.name / version
-    return (
-        f"exported {source.checkpoint.uri} as {folder} (prompts are read as {form}, sha256 {digest[:12]}…)\n"
-        f"serve it:  python -m infra.triton --repository {options.repository}\n"
-        f"or:        vllm serve {folder / 'weights'}"
-    )
+    policy = load_policy(source.folder, prompt_format=form, dtype="as_stored")
+    with export_place(options.repository, options.name) as (repository, claim):
+        version, digest = export_policy(
+            policy,
+            repository=repository,
+            name=options.name,
+            max_new_tokens=options.max_new_tokens,
+            card={"source": source.checkpoint.uri, "source_sha256": source.checkpoint.sha256, "prompt_format": form},
+            claim=claim,
+        )
+    folder = child(options.repository, options.name, version)
+    lines = [
+        f"exported {source.checkpoint.uri} as {folder} (prompts are read as {form}, sha256 {digest[:12]}…)",
+        f"serve it:  python -m infra.triton --repository {options.repository}",
+    ]
+    return "\n".join([*lines, *(() if is_s3(folder) else (f"or:        vllm serve {folder}/weights",))])
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m models.policy_export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("policy", help="run, checkpoint, `smollm2-135m`, model folder or hub name")
-    parser.add_argument("--repository", type=Path, required=True, help="Triton model repository to write into")
+    parser.add_argument("policy", help="run, checkpoint, `smollm2-135m`, model folder or hub name; s3:// too")
+    parser.add_argument("--repository", required=True, help="Triton model repository to write into, s3:// too")
     parser.add_argument("--name", default="policy", type=_name, help="name of the model there")
     parser.add_argument("--prompt-format", choices=("text", "chat"), help="how prompts are read; else as trained")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest response, in tokens")

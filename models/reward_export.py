@@ -75,12 +75,13 @@ def export_version(
     serving: Serving,
     card: dict[str, Any],
     page: Callable[[Mapping[str, Any]], str] | None = None,
+    claim: Callable[[Path], str] | None = None,
 ) -> RewardModelRef:
     """Write the model as the next free version and return its reference.
 
     `card` is stored with the digest added, and as `page` draws it; its `accuracy` (a share, or None) and
     `recipe_digest` are read back by `read_version` and `find_version`. Exporters that run side by side get different
-    versions.
+    versions; `claim` says which, of the model's folder, where that is not up to the folder.
 
     Raises ConfigError for what the model cannot serve, DiskError when writing fails.
     """
@@ -89,7 +90,7 @@ def export_version(
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _write_config(folder, name, serving)
-        version = claim_version(folder)
+        version = (claim or claim_version)(folder)
         build = folder / f".building-{version}"
         try:
             digest = _build(build, model, tokenizer, serving)

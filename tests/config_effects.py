@@ -29,6 +29,7 @@ from alignment.errors import AlignmentError
 from alignment.hosted_optimizer import hosted_optimizer
 from alignment.judge_stage import prepare_judge
 from alignment.lifeline import Stop
+from alignment.policy_source import model_folder
 from alignment.preparation import load_prompt_sets
 from alignment.progress import PhaseLines
 from alignment.reward_stage import prepare_reward_model
@@ -39,6 +40,7 @@ from alignment.stages import begin
 from alignment.task import COMMAND_STARTED, reward_client, served, tracker
 from alignment.trainer import train_step
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
+from alignment.workspace import local_root
 from argo import compiled, s3_stand_in
 
 _numbers = itertools.count(1)
@@ -308,6 +310,29 @@ def run_root(config: Config) -> Path:
     return new_run(config).path.parent
 
 
+def workspace(config: Config) -> Path:
+    """This node's folder in the stead of a root."""
+    return local_root(config.run)
+
+
+def cache_limit(config: Config) -> int:
+    """Bytes that the cache of downloaded models is told to keep to."""
+    seen: dict[str, int] = {}
+
+    def cached_folder_stand_in(uri: str, sha256: str, limit_bytes: int, **_: Any) -> Any:
+        seen["limit"] = limit_bytes
+        raise Seen
+
+    with (
+        patch("alignment.policy_source.find_run", lambda root, name: None),
+        patch("alignment.s3_objects.read_bytes", lambda uri: (b"digest", "etag")),
+        patch("alignment.model_cache.cached_folder", cached_folder_stand_in),
+        contextlib.suppress(Seen),
+    ):
+        model_folder("s3://bucket/model", config.run, key="policy.model")
+    return seen["limit"]
+
+
 class Seen(Exception):
     """Ends a part once its arguments have been seen."""
 
@@ -397,7 +422,7 @@ def instances_written(config: Config) -> int:
     """The instances that config.pbtxt of a name that was not exported before asks for."""
     name = f"fresh-{next(_numbers)}"
     exported(config.model_copy(update={"reward": config.reward.model_copy(update={"name": name})}))
-    text = (config.reward_repository / name / "config.pbtxt").read_text()
+    text = (Path(config.reward_repository) / name / "config.pbtxt").read_text()
     return int(re.search(r"instance_group \[ { kind: KIND_AUTO count: (\d+)", text)[1])
 
 

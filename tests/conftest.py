@@ -3,8 +3,9 @@
 import signal
 
 from reward_fixtures import served_reward_model
+from s3_fixtures import bucket, ceph_server, flaky, moto_server, server_name
 
-__all__ = ["served_reward_model"]
+__all__ = ["bucket", "ceph_server", "flaky", "moto_server", "served_reward_model", "server_name"]
 
 # A shell that starts its commands in the background makes them deaf to Ctrl-C, and their children too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

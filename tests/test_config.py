@@ -348,12 +348,15 @@ CHAT = ("policy.prompt_format=chat",)
 CHAT_DATA = "sft.train={root}/chat.jsonl"
 ENSEMBLE = "reward_ensemble.members={reward_model: 1, other: 0.5}"
 NO_VALIDATION = ("sft.validation=null",)
+IN_S3 = ("run.root=s3://bucket/runs",)
 RUN = ("evaluation.model=tiny",)
 TASKS = ("evaluation.lm_eval_tasks=[colours]",)
 # {root} and {port} stand for the folder of the runs and a free port.
 EFFECTS = {
     "seed": Effect(1, see.column("prompt_id")),
     "run.root": Effect("{root}/other", see.run_root, Path("{root}/other")),
+    "run.workspace": Effect("{root}/work", see.workspace, Path("{root}/work/bucket/runs"), IN_S3),
+    "run.cache_limit_gb": Effect(7, see.cache_limit, 7_000_000_000),
     "resume.from": Effect("{root}/earlier", see.adopted_checkpoints, ["step-000002"]),
     "policy.model": Effect("{root}/policy", see.column("response")),
     "policy.prompt_format": Effect("chat", see.column("prompt")),

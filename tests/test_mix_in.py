@@ -79,7 +79,8 @@ def test_held_out_prompts_are_nobodys_demonstration(tmp_path: Path, capsys: pyte
 def test_an_evaluation_leaves_out_the_prompts_of_demonstrations_that_were_trained_on(tmp_path: Path) -> None:
     own = config(tmp_path, "training.sft_mix=toy:held_out_demonstrations")
     learned, _ = begin(own, "first")
-    base = PolicySource(Checkpoint(str(policy_folder("tiny", tmp_path / "cache")), "", 0), None, None)
+    folder = str(policy_folder("tiny", tmp_path / "cache"))
+    base = PolicySource(Checkpoint(folder, "", 0), folder, None, None)
     # Another seed: its evaluation prompts are among those that the run neither validated with nor evaluated on.
     other = load_config(SMOKE, [f"run.root={tmp_path}", "seed=5", "evaluation.num_prompts=60"])
     mixed_in = {prompt.messages[0]["content"] for prompt in load_prompts(Path(learned), "mix_in")}

@@ -78,8 +78,10 @@ def test_a_run_id_must_name_a_folder(tmp_path: Path, run_id: str) -> None:
 
 def test_an_object_store_is_refused_rather_than_made_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"run.root \(s3://bucket/runs\) must be a local folder"):
-        create("s3://bucket/runs", "1", "{}")
+    with pytest.raises(
+        ConfigError, match=r"run.root \(gs://bucket/runs\) must be a local folder or s3://bucket/prefix"
+    ):
+        create("gs://bucket/runs", "1", "{}")
     assert not list(tmp_path.iterdir())
 
 

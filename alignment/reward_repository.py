@@ -1,0 +1,178 @@
+"""Triton repositories in a folder or under s3://: found and exported in either, served from a local copy.
+
+In S3 a version's number is claimed by an object that must not be there yet, and card.json is sent last: a version that
+has one is whole. Copies go through the cache of downloaded models.
+"""
+
+import contextlib
+import hashlib
+import json
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from alignment.atomic_files import disk_errors
+from alignment.config_sections import RunSection
+from alignment.errors import ModelError, StorageConflict
+from alignment.s3 import is_s3
+from alignment.s3_objects import list_objects, read_bytes, write_bytes
+from alignment.types import RewardModelRef
+
+Claim = Callable[[Path], str]
+"""Takes the next free number of a version, of the model's folder."""
+SERVED_VERSIONS = 2
+"""Versions of a name that an export's config.pbtxt lets a server hold."""
+
+
+@contextlib.contextmanager
+def local_repository(repository: str, versions: Sequence[tuple[str, str]], storage: RunSection) -> Iterator[Path]:
+    """A folder that holds these (name, version) of a repository, for as long as the context lasts.
+
+    Of one under s3:// it links to copies in the cache, which the weights' digest has been checked of.
+    Raises ModelError for a version that is not there or damaged, StorageError.
+    """
+    if not is_s3(repository):
+        yield Path(repository)
+        return
+    from alignment.model_cache import cached_folder
+    from models.reward_export import read_version
+
+    with contextlib.ExitStack() as stack:
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="repository-")))
+        for name, version in dict.fromkeys(versions):
+            uri = f"{repository}/{name}/{version}"
+            card = _card_bytes(repository, name, version)
+            limit = round(storage.cache_limit_gb * 1e9)
+            copy = stack.enter_context(cached_folder(uri, hashlib.sha256(card).hexdigest(), limit))
+            (place / name).mkdir(exist_ok=True)
+            (place / name / version).symlink_to(copy)
+            config = read_bytes(f"{repository}/{name}/config.pbtxt")
+            if config is None:
+                raise ModelError(
+                    f"{repository}/{name}/config.pbtxt is missing: export a version again, which writes it"
+                )
+            (place / name / "config.pbtxt").write_bytes(config[0])
+            read_version(place, name, version)
+        yield place
+
+
+def served_versions(repository: str, model: str | None, version: str | None) -> list[tuple[str, str]]:
+    """What a server of a repository in S3 serves: the newest versions of `model`, or of all; or `version` alone."""
+    names = {stored.uri.removeprefix(f"{repository}/").split("/")[0] for stored in list_objects(f"{repository}/")}
+    return [
+        (name, found)
+        for name in sorted(names)
+        if model in (None, name)
+        for found in exported_versions(repository, name)[0 if version else -SERVED_VERSIONS :]
+        if version in (None, found)
+    ]
+
+
+def exported_versions(repository: str, name: str) -> list[str]:
+    """Exported versions of a model, oldest first."""
+    if not is_s3(repository):
+        from models.reward_export import complete_versions
+
+        return complete_versions(Path(repository), name)
+    parts = [_parts(stored.uri, repository, name) for stored in list_objects(f"{repository}/{name}/")]
+    return sorted({p[0] for p in parts if len(p) == 2 and p[1] == "card.json" and _is_number(p[0])}, key=int)
+
+
+def read_export(repository: str, name: str, version: str, storage: RunSection) -> RewardModelRef:
+    """A version's reference, after its weights were found to match the digest on its card. Raises ModelError."""
+    from models.reward_export import read_version
+
+    with local_repository(repository, [(name, version)], storage) as local:
+        return replace(read_version(local, name, version), repository=repository)
+
+
+def find_export(repository: str, name: str, recipe_digest: str, storage: RunSection) -> RewardModelRef | None:
+    """The newest version made by this recipe, verified; None where there is none. Raises ModelError."""
+    if not is_s3(repository):
+        from models.reward_export import find_version
+
+        return find_version(Path(repository), name, recipe_digest)
+    for version in reversed(exported_versions(repository, name)):
+        if json.loads(_card_bytes(repository, name, version)).get("recipe_digest") == recipe_digest:
+            return read_export(repository, name, version, storage)
+    return None
+
+
+def card_of(ref: RewardModelRef) -> dict[str, Any]:
+    """What the card of an exported version says. Raises ModelError."""
+    if is_s3(ref.repository):
+        card: dict[str, Any] = json.loads(_card_bytes(ref.repository, ref.name, ref.version))
+        return card
+    from models.reward_export import read_card
+
+    return read_card(Path(ref.repository) / ref.name / ref.version)
+
+
+@contextlib.contextmanager
+def export_place(repository: str, name: str) -> Iterator[tuple[Path, Claim | None]]:
+    """Where to export a version of `name` to, and how to claim its number; in S3 it is sent at the end of the context.
+
+    Raises StorageError.
+    """
+    if not is_s3(repository):
+        yield Path(repository), None
+        return
+    from alignment.model_cache import cache_root
+    from alignment.s3_folders import push_folder
+
+    claimed: list[str] = []
+
+    def claim(folder: Path) -> str:
+        claimed.append(_claim_in_s3(repository, folder.name))
+        return claimed[-1]
+
+    exports = cache_root() / "exports"  # the place of temporary folders may be short of space
+    with disk_errors(exports):
+        exports.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=exports) as place:
+        local, config = Path(place), read_bytes(f"{repository}/{name}/config.pbtxt")
+        if config is not None:  # kept as it is, since users tune it
+            (local / name).mkdir()
+            (local / name / "config.pbtxt").write_bytes(config[0])
+        yield local, claim
+        with contextlib.suppress(StorageConflict):
+            write_bytes(
+                f"{repository}/{name}/config.pbtxt", (local / name / "config.pbtxt").read_bytes(), if_absent=True
+            )
+        for version in claimed:
+            push_folder(local / name / version, f"{repository}/{name}/{version}", last=("card.json",))
+
+
+def _claim_in_s3(repository: str, name: str) -> str:
+    """The next number that nobody has; an abandoned claim skips one."""
+    parts = [_parts(stored.uri, repository, name) for stored in list_objects(f"{repository}/{name}/")]
+    taken = [int(word) for p in parts for word in p[:2] if _is_number(word)]
+    number = max(taken, default=0) + 1
+    while True:
+        try:
+            write_bytes(f"{repository}/{name}/.claims/{number}", uuid.uuid4().hex.encode(), if_absent=True)
+            return str(number)
+        except StorageConflict:
+            number += 1
+
+
+def _card_bytes(repository: str, name: str, version: str) -> bytes:
+    found = read_bytes(f"{repository}/{name}/{version}/card.json")
+    if found is None:
+        known = ", ".join(exported_versions(repository, name)) or "none"
+        raise ModelError(
+            f"reward.version ({version}): {repository}/{name}/{version} is no whole version; versions there: {known}. "
+            "`python flows/rs_flow.py run` exports one"
+        )
+    return found[0]
+
+
+def _parts(uri: str, repository: str, name: str) -> list[str]:
+    return uri.removeprefix(f"{repository}/{name}/").split("/")
+
+
+def _is_number(word: str) -> bool:
+    return word.isascii() and word.isdecimal()

@@ -1,0 +1,242 @@
+"""The registry of a run root: names and versions of policies and reward models, aliases, and what made them.
+
+    python -m models.registry list
+    python -m models.registry show policy@promoted
+    python -m models.registry promote policy:3
+    python -m models.registry fetch policy@promoted --to DIR      a Hugging Face folder
+    python -m models.registry fetch reward_model --to DIR         for python -m infra.triton --repository DIR
+
+    <root>/registry/<name>/<version>.json       an entry, written once: kind, where the model lies, its digest, lineage
+    <root>/registry/<name>/aliases/<alias>      the version that an alias means
+
+Every finished run of flows/rs_flow.py registers the policy that it evaluated, as `policy`, and the reward model that
+it scored with, by its name. Nothing is copied: an entry says where a model lies, in a folder or under s3://. Without a
+version `latest` is meant, the newest; `promoted` is whatever was promoted last.
+`--set policy.model=registry:NAME@ALIAS` aligns what is registered.
+"""
+
+import argparse
+import datetime
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from alignment.errors import AlignmentError, ConfigError, ModelError, StorageConflict
+from models.registry_store import copy_folder, list_names, move_alias, place_of, read_alias, read_file, write_new
+
+if TYPE_CHECKING:
+    from alignment.config import Config
+    from alignment.types import Checkpoint
+
+PREFIX = "registry:"
+"""What a config's value begins with that names something registered."""
+LATEST, PROMOTED = "latest", "promoted"
+POLICY = "policy"
+"""Name of the policies that runs register."""
+_NAME = re.compile(r"(?P<name>[A-Za-z0-9_-]+)(:(?P<version>[0-9]+)|@(?P<alias>[a-z]+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A registered model: `uri` is a checkpoint's folder, or a version's in a Triton repository."""
+
+    name: str
+    version: int
+    kind: Literal["policy", "reward_model"]
+    uri: str
+    sha256: str
+    """Of the weights, as the checkpoint's manifest or the version's card has it."""
+    created: str
+    run_id: str
+    lineage: dict[str, Any]
+    """What made it: run, RS step, base, reward model."""
+
+
+def register(
+    root: str, name: str, kind: Literal["policy", "reward_model"], uri: str, sha256: str, run_id: str, **lineage: Any
+) -> Entry:
+    """The entry of a model in the registry of a run root: a new version, unless the same one is there already.
+
+    Raises DiskError, StorageError.
+    """
+    known = entries(root, name)
+    for entry in known:
+        if (entry.uri, entry.sha256) == (uri, sha256):
+            return entry
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    version = max((entry.version for entry in known), default=0) + 1
+    while True:
+        entry = Entry(name, version, kind, uri, sha256, created, run_id, lineage)
+        try:
+            write_new(place_of(root, name, f"{version}.json"), json.dumps(asdict(entry), indent=2).encode())
+            return entry
+        except StorageConflict:
+            version += 1
+
+
+def register_result(config: "Config", run_path: str, reward: Mapping[str, Any], checkpoint: "Checkpoint") -> None:
+    """What a finished run leaves: the evaluated policy, and the reward model unless an external server has it."""
+    run_id, root = run_path.rstrip("/").rpartition("/")[2], config.run.root
+    named = {key: reward[key] for key in ("name", "version", "digest")}
+    lineage = {"run": run_path, "step": checkpoint.step, "base": config.policy.model, "reward_model": named}
+    found = [register(root, POLICY, "policy", checkpoint.uri, checkpoint.sha256, run_id, **lineage)]
+    if reward["repository"]:
+        uri = f"{reward['repository']}/{reward['name']}/{reward['version']}"
+        lineage = {"run": run_path, "base": config.reward.model, "accuracy": reward["accuracy"]}
+        found.append(register(root, reward["name"], "reward_model", uri, reward["digest"], run_id, **lineage))
+    print("registered " + " and ".join(f"{entry.name}:{entry.version}" for entry in found))
+
+
+def names(root: str) -> list[str]:
+    """The names of a registry."""
+    return sorted({name.split("/")[0] for name in list_names(root)})
+
+
+def entries(root: str, name: str) -> list[Entry]:
+    """The versions of a name, oldest first. Raises ModelError for an entry that cannot be read."""
+    versions = [int(m[1]) for path in list_names(root) if (m := re.fullmatch(rf"{re.escape(name)}/(\d+)\.json", path))]
+    return [_read_entry(root, name, version) for version in sorted(versions)]
+
+
+def aliases(root: str, name: str) -> dict[str, int]:
+    """The version that each alias of a name means."""
+    versions = [entry.version for entry in entries(root, name)]
+    promoted, _ = read_alias(place_of(root, name, "aliases", PROMOTED))
+    return ({LATEST: versions[-1]} if versions else {}) | ({PROMOTED: promoted} if promoted else {})
+
+
+def find(root: str, text: str, *, key: str = "NAME") -> Entry:
+    """What NAME, NAME:VERSION or NAME@ALIAS means; `key` is what errors call it. Raises ConfigError."""
+    match = _NAME.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"{key} ({text}): expected NAME, NAME:VERSION or NAME@ALIAS")
+    name, version, alias = match["name"], match["version"], match["alias"] or LATEST
+    known = {entry.version: entry for entry in entries(root, name)}
+    meant = int(version) if version else aliases(root, name).get(alias)
+    if meant not in known:
+        there = ", ".join(map(str, known)) or "none"
+        raise ConfigError(
+            f"{key} ({text}): the registry of {root} has no such model; versions of {name}: {there}. "
+            "`python -m models.registry list` shows all, `promote` sets the alias promoted"
+        )
+    return known[meant]
+
+
+def located(root: str, value: str, *, key: str) -> str:
+    """Where the policy lies that a config names by registry:NAME…. Raises ConfigError."""
+    entry = find(root, value.removeprefix(PREFIX), key=key)
+    if entry.kind != "policy":
+        raise ConfigError(f"{key} ({value}): {entry.name}:{entry.version} is a {entry.kind}: name a policy")
+    return entry.uri
+
+
+def promote(root: str, text: str) -> tuple[Entry, int | None]:
+    """Let `promoted` mean NAME:VERSION; returns its entry and the version that it meant before.
+
+    Raises StorageConflict where another one promotes at the same time.
+    """
+    entry = find(root, text)
+    place = place_of(root, entry.name, "aliases", PROMOTED)
+    before, token = read_alias(place)
+    if before != entry.version:
+        move_alias(place, entry.version, token)
+    return entry, before
+
+
+def fetch(root: str, text: str, folder: Path) -> Entry:
+    """A copy of a registered model: a policy as a Hugging Face folder, a reward model as a Triton repository.
+
+    Raises ConfigError where the folder is there already, ModelError where what arrives is not what was registered.
+    """
+    entry = find(root, text)
+    if folder.exists():
+        raise ConfigError(f"--to ({folder}) is there already: name a folder that is not, or move it away")
+    target = staging = folder.with_name(f".{folder.name}.fetched")
+    if entry.kind == "reward_model":
+        *_, name, version = entry.uri.split("/")
+        target = staging / name / version
+    copy_folder(entry.uri, target, lambda text: print(text, file=sys.stderr, flush=True))
+    if entry.kind == "reward_model":
+        place = f"{entry.uri.rpartition('/')[0]}/config.pbtxt"
+        config = read_file(place)
+        if config is None:
+            raise ModelError(f"{place} is there no longer: export a version again, which writes it")
+        (target.parent / "config.pbtxt").write_bytes(config)
+    found = _digest(entry, target)
+    if found != entry.sha256:
+        raise ModelError(f"{entry.uri} has the digest {found}, and {entry.sha256} was registered: it is not that model")
+    staging.rename(folder)
+    return entry
+
+
+def _digest(entry: Entry, folder: Path) -> str:
+    from models.checkpoints import folder_digest
+    from models.reward_export import weights_digest
+
+    return folder_digest(folder) if entry.kind == "policy" else weights_digest(folder)
+
+
+def _read_entry(root: str, name: str, version: int) -> Entry:
+    place = place_of(root, name, f"{version}.json")
+    try:
+        return Entry(**json.loads(read_file(place) or b""))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{place} is no entry of a registry ({error}): remove it") from error
+
+
+def _lines(root: str) -> Iterator[str]:
+    for name in names(root):
+        meant = aliases(root, name)
+        for entry in entries(root, name):
+            marks = "".join(f" @{alias}" for alias, version in meant.items() if version == entry.version)
+            made = f"{entry.kind}, run {entry.run_id}, {entry.created}, sha256 {entry.sha256[:12]}"
+            yield f"{name}:{entry.version}{marks}  {made}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: 0, or 1 where a name is unknown or a model cannot be fetched."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.command == "list":
+            print(*(list(_lines(options.root)) or ["nothing is registered yet"]), sep="\n")
+        elif options.command == "show":
+            print(json.dumps(asdict(find(options.root, options.name)), indent=2))
+        elif options.command == "promote":
+            entry, before = promote(options.root, options.name)
+            was = f", before {entry.name}:{before}" if before else ""
+            print(f"{entry.name}@{PROMOTED} is {entry.name}:{entry.version}{was}")
+        else:
+            entry = fetch(options.root, options.name, Path(options.to).absolute())
+            print(f"{entry.name}:{entry.version} is in {options.to}, sha256 {entry.sha256[:12]} as registered")
+    except AlignmentError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m models.registry", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--root", default="runs", help="run root, a folder or s3://bucket/prefix")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="all names and versions")
+    meant = "NAME, NAME:VERSION or NAME@ALIAS"
+    for command, text in (
+        ("show", "an entry, JSON"),
+        ("promote", "let NAME@promoted mean a version"),
+        ("fetch", "copy a model, verified by its digest"),
+    ):
+        sub = commands.add_parser(command, help=text)
+        sub.add_argument("name", help=meant)
+        if command == "fetch":
+            sub.add_argument("--to", required=True, help="folder that is not there yet")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
