@@ -28,7 +28,8 @@ from alignment.run_folder import RunFolder
 from alignment.stages import begin, prepare_scorers
 from alignment.step_rules import decide, step_prompts
 from alignment.task import claim_devices
-from alignment.types import Prompt
+from alignment.types import Checkpoint, Prompt
+from alignment.workspace import opened
 
 Place = Mapping[str, Any]
 Shard = tuple[Sequence[Mapping[str, Any]], float]
@@ -43,15 +44,15 @@ def begin_step(config: Config, run_path: str | None, run_id: str) -> Plain:
     from models.checkpoints import last_checkpoint
 
     path = run_path or begin(config, run_id)[0]
-    if not RunFolder(Path(path)).config.is_file():
-        raise ConfigError(f"--run_path ({path}): no run folder; give one that `run` made, or leave the option out")
-    if parse_config(RunFolder(Path(path)).config.read_text()) != config:
-        raise ConfigError(
-            f"the run {path} was begun with another config: give its own, --config config {path}/config.json"
-        )
-    checkpoint = last_checkpoint(RunFolder(Path(path)).checkpoints)
+    with opened(config, path, writes=False) as run:
+        if not run.config.is_file():
+            raise ConfigError(f"--run_path ({path}): no run folder; give one that `run` made, or leave the option out")
+        if parse_config(run.config.read_text()) != config:
+            raise ConfigError(
+                f"the run {path} was begun with another config: give its own, --config config {path}/config.json"
+            )
+        checkpoint, total = last_checkpoint(run.checkpoints), _total_steps(config, run)
     done = checkpoint.step if checkpoint else 0
-    total = config.total_steps(len(load_prompt_sets(Path(path)).train))
     if done >= total:
         raise ConfigError(
             f"the run {path} has all of its {total} RS steps: to go on, begin another with --set resume.from={path} "
@@ -62,36 +63,44 @@ def begin_step(config: Config, run_path: str | None, run_id: str) -> Plain:
 
 def lacks_nothing(config: Config, place: Place) -> bool:
     """Whether the run has its reward model and judge, and the validation of the policy that the step begins with."""
-    return _run(place).scorers.exists() and not _validation_missing(config, place)
+    with opened(config, place["run_path"], writes=False) as run:
+        return run.scorers.exists() and not _validation_missing(config, run, place["step"])
 
 
 def prepare_step(config: Config, place: Place) -> None:
     """Make what the step needs and the run lacks: reward model, judge, the validation of the policy it begins with."""
     prepare_scorers(config, place["run_path"])
-    if _validation_missing(config, place):
-        _validate(config, with_scorers(place), place["step"] - 1)
+    with opened(config, place["run_path"]) as run:
+        if _validation_missing(config, run, place["step"]):
+            _validate(config, run, _with_scorers(run, place), place["step"] - 1)
 
 
-def with_scorers(place: Place) -> Plain:
+def with_scorers(config: Config, place: Place) -> Plain:
     """The place with references to the run's reward model and judge, which are there."""
-    scorers = json.loads(_run(place).scorers.read_text())
+    with opened(config, place["run_path"], writes=False) as run:
+        return _with_scorers(run, place)
+
+
+def _with_scorers(run: RunFolder, place: Place) -> Plain:
+    scorers = json.loads(run.scorers.read_text())
     return {**place, "reward_model_ref": scorers["reward_model"], "judge_ref": scorers["judge"]}
 
 
 def sample_shard(config: Config, place: Place, shard: int) -> tuple[list[Plain], float]:
     """Rollouts of a shard's prompts of the step by the last checkpoint's policy, and the seconds it took."""
     config = config.in_phase("rollouts")
-    _check_place(place)
     begun = time.monotonic()
-    prompts = _shards(config, place)[shard]
-    rollouts = sample(
-        config,
-        _run(place),
-        prompts,
-        config.rollouts.num_rollouts_per_prompt,
-        f"{config.seed}/step-{place['step']}",
-        with_references=config.rollouts.references == "join",
-    )
+    with opened(config, place["run_path"], writes=False) as run:
+        _check_place(run, place)
+        prompts = _shards(config, run, place["step"])[shard]
+        rollouts = sample(
+            config,
+            run,
+            prompts,
+            config.rollouts.num_rollouts_per_prompt,
+            f"{config.seed}/step-{place['step']}",
+            with_references=config.rollouts.references == "join",
+        )
     seconds, tokens = time.monotonic() - begun, sum(r.num_tokens for r in rollouts)
     print(
         f"RS step {place['step']}, shard {shard + 1} of {config.phases.shards}: {len(rollouts)} rollouts of "
@@ -106,13 +115,13 @@ def score_shards(config: Config, place: Place, shards: Sequence[Shard | None]) -
     Returns `scored`, the phases' `seconds` so far, `scoring_server`'s statistics and `lost_prompts`, by id. Raises
     WorkerError where more shards are lost than `phases.max_lost_shards` allows.
     """
-
-    begun, run = time.monotonic(), _run(place)
-    lost = _lost(config, place, shards)
-    prompts = step_prompts(config, load_prompt_sets(run.path).train, place["step"])
+    begun, step = time.monotonic(), place["step"]
     found = [shard for shard in shards if shard is not None]
-    ordered = in_prompt_order([rollout(r) for rollouts, _ in found for r in rollouts], prompts)
-    scored, server = score(config.in_phase("scoring"), run, place["reward_model_ref"], ordered, step=place["step"])
+    with opened(config, place["run_path"], writes=False) as run:
+        lost = _lost(config, run, step, shards)
+        prompts = step_prompts(config, load_prompt_sets(run.path).train, step)
+        ordered = in_prompt_order([rollout(r) for rollouts, _ in found for r in rollouts], prompts)
+        scored, server = score(config.in_phase("scoring"), run, place["reward_model_ref"], ordered, step=step)
     return {
         "scored": [asdict(r) for r in scored],
         "seconds": {"rollouts": max(s for _, s in found), "scoring": time.monotonic() - begun},
@@ -125,7 +134,8 @@ def select_and_store(config: Config, place: Place, scored: Sequence[Mapping[str,
     """Decisions for the scored rollouts; both are written to the run's rollouts."""
     rollouts = [scored_rollout(r) for r in scored]
     decisions = decide(config, rollouts)
-    _run(place).write_rollouts(place["step"], rollouts, decisions)
+    with opened(config, place["run_path"]) as run:
+        run.write_rollouts(place["step"], rollouts, decisions)
     return [asdict(d) for d in decisions]
 
 
@@ -136,15 +146,22 @@ def train(
 
     `scoring` is what `score_shards` returned. The first node returns a reference to the checkpoint, others nothing.
     """
-    from models.checkpoints import last_checkpoint
 
     config = config.in_phase("update")
     claim_devices(config)
-    run, step = _run(place), place["step"]
-    _check_place(place, or_done=True)
+    with opened(config, place["run_path"], writes=gang.rank == 0) as run:
+        checkpoint = _train(config, run, place, {**scoring, "decisions": decisions}, gang)
+        return {**asdict(checkpoint), "uri": run.uri_of(Path(checkpoint.uri))} if checkpoint else {}
+
+
+def _train(config: Config, run: RunFolder, place: Place, scored: Plain, gang: Gang) -> Checkpoint | None:
+    from models.checkpoints import last_checkpoint
+
+    step = place["step"]
+    _check_place(run, place, or_done=True)
     todo = run.path / "selected" / f"step-{step:06d}.json"
     if gang.rank == 0:  # workers of other nodes read it once the first node's have joined them
-        write_json(todo, {**scoring, "decisions": decisions, "judge": place["judge_ref"]["uri"]})
+        write_json(todo, {**scored, "judge": run.local(place["judge_ref"]["uri"])})
     run_workers(
         "alignment.update_worker",
         ["--folder", str(run.path), "--step", str(step), "--scored", str(todo)],
@@ -154,70 +171,71 @@ def train(
         gang=gang,
     )
     if gang.rank:
-        return {}
+        return None
     checkpoint = last_checkpoint(run.checkpoints)
     if checkpoint is None or checkpoint.step != step:
         raise CheckpointError(f"{run.checkpoints} holds no checkpoint of RS step {step}, which the workers just made")
     todo.unlink(missing_ok=True)  # rollouts/ has it all, and for as long as the run is kept
-    return asdict(checkpoint)
+    return checkpoint
 
 
 def validate(config: Config, place: Place) -> Plain:
     """The validation of the step's policy, where one is due; returns its means. The run gets the whole record."""
-    run, step = _run(place), place["step"]
-    if not config.validates(step, _total_steps(config, run)):
-        return {}
-    recorded = [r for r in run.read_metrics() if r["kind"] == "validation" and r["step"] == step]
-    # A repeated task finds its record.
-    record = recorded[0] if recorded else _validate(config.in_phase("validation"), place, step)
+    step = place["step"]
+    with opened(config, place["run_path"]) as run:
+        if not config.validates(step, _total_steps(config, run)):
+            return {}
+        recorded = [r for r in run.read_metrics() if r["kind"] == "validation" and r["step"] == step]
+        # A repeated task finds its record.
+        record = recorded[0] if recorded else _validate(config.in_phase("validation"), run, place, step)
     return {key: value for key, value in record.items() if key not in ("rewards", "judged", "shadowed")}
 
 
-def _validate(config: Config, place: Place, step: int) -> Plain:
+def _validate(config: Config, run: RunFolder, place: Place, step: int) -> Plain:
     """Validate the last checkpoint's policy, or the base, and record it as that of RS step `step`."""
     from alignment.records import validation_record
     from models.judge import load_judge
 
-    begun, run = time.monotonic(), _run(place)
+    begun = time.monotonic()
     rollouts = sample(config, run, load_prompt_sets(run.path).validation, 1, f"{config.seed}/validation")
     scored, _ = score(config, run, place["reward_model_ref"], rollouts)
-    judge = load_judge(Path(place["judge_ref"]["uri"]))
+    judge = load_judge(Path(run.local(place["judge_ref"]["uri"])))
     record = validation_record(step, scored, judge, seconds=time.monotonic() - begun)
     run.append_metrics(record)
     return record
 
 
-def _validation_missing(config: Config, place: Place) -> bool:
-    run, done = _run(place), place["step"] - 1
+def _validation_missing(config: Config, run: RunFolder, step: int) -> bool:
+    done = step - 1
     return config.validates(done, _total_steps(config, run)) and done not in run.validations()
 
 
-def _shards(config: Config, place: Place) -> list[Sequence[Prompt]]:
+def _shards(config: Config, run: RunFolder, step: int) -> list[Sequence[Prompt]]:
     """The step's prompts by shard: each takes every `phases.shards`-th."""
-    prompts = step_prompts(config, load_prompt_sets(_run(place).path).train, place["step"])
+    prompts = step_prompts(config, load_prompt_sets(run.path).train, step)
     return [prompts[i :: config.phases.shards] for i in range(config.phases.shards)]
 
 
-def _lost(config: Config, place: Place, shards: Sequence[Shard | None]) -> list[str]:
+def _lost(config: Config, run: RunFolder, step: int, shards: Sequence[Shard | None]) -> list[str]:
     """Ids of the prompts that lost shards leave without rollouts. Raises WorkerError where too many are lost."""
     lost = [i for i, shard in enumerate(shards) if shard is None]
     names, allowed = ", ".join(str(i + 1) for i in lost), config.phases.max_lost_shards
     if len(lost) > allowed:
         raise WorkerError(
-            f"RS step {place['step']} lost the shards {names} of {len(shards)}, more than phases.max_lost_shards "
+            f"RS step {step} lost the shards {names} of {len(shards)}, more than phases.max_lost_shards "
             f"({allowed}): their tasks say why. A resume samples all shards of the step anew"
         )
-    prompts = [prompt.prompt_id for i in lost for prompt in _shards(config, place)[i]]
+    prompts = [prompt.prompt_id for i in lost for prompt in _shards(config, run, step)[i]]
     if lost:
-        print(f"RS step {place['step']} goes on without the shards {names} and their {len(prompts)} prompts")
+        print(f"RS step {step} goes on without the shards {names} and their {len(prompts)} prompts")
     return prompts
 
 
-def _check_place(place: Place, *, or_done: bool = False) -> None:
+def _check_place(run: RunFolder, place: Place, *, or_done: bool = False) -> None:
     """Raise CheckpointError where the run no longer stands where the step was begun: its phases must not mix."""
     from models.checkpoints import newest_checkpoint
 
-    newest = newest_checkpoint(_run(place).checkpoints)
+    newest = newest_checkpoint(run.checkpoints)
     step, sha256 = (newest.step, newest.sha256) if newest else (0, "")
     if (step, sha256) != (place["step"] - 1, place["from_sha256"]) and not (or_done and step == place["step"]):
         raise CheckpointError(
@@ -233,7 +251,3 @@ def _say(event: Mapping[str, Any]) -> None:
 
 def _total_steps(config: Config, run: RunFolder) -> int:
     return config.total_steps(len(load_prompt_sets(run.path).train))
-
-
-def _run(place: Place) -> RunFolder:
-    return RunFolder(Path(place["run_path"]))

@@ -11,9 +11,12 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from alignment.config import Config
@@ -24,8 +27,9 @@ from alignment.preparation import load_prompt_sets
 from alignment.run_events import listener
 from alignment.run_folder import RunFolder
 from alignment.run_metrics import end_progress
-from alignment.task import time_left, timed_task, tracker
+from alignment.task import time_left, tracker
 from alignment.types import Checkpoint
+from alignment.workspace import opened
 
 FLOW = "RSIterationFlow"
 FILE = "rs_iteration_flow.py"
@@ -35,31 +39,58 @@ SPLITS = 100
 """Metaflow's own bound of the tasks of a foreach, which is raised where a step has more shards."""
 
 
-def iterate(config: Config, run: RunFolder) -> Checkpoint:
-    """The next RS step, or what is left of one that was begun. Raises AlignmentError."""
+@dataclass(frozen=True, slots=True)
+class _Todo:
+    """RS step `step` is to be done, or to be ended, of a run that has `done` of `total` behind it.
+
+    `origin` is the id of an inner run of the step that did not end well, `told` the records from step `done` on.
+    """
+
+    done: int
+    step: int
+    total: int
+    origin: str | None
+    told: tuple[dict[str, Any], ...]
+
+
+def iterate(config: Config, run_path: str) -> Checkpoint:
+    """The next RS step, or what is left of one that was begun. Raises AlignmentError.
+
+    Its phases open the run by themselves, on whatever node they are; this task looks at it before and after.
+    """
     from models.checkpoints import newest_checkpoint
 
-    total = config.total_steps(len(load_prompt_sets(run.path).train))
-    begun_at = newest_checkpoint(run.checkpoints)
-    done = begun_at.step if begun_at else 0
-    with timed_task(run, "iterate") as work_begins, tracker(config, run) as wandb_run:
-        work_begins()
-        before, listen = _told(run, done), listener(run, wandb_run, done=done, total=total)
-        origin = _unfinished(config, run, done, None) if done else None
-        step = done if origin or done == total else done + 1
-        if step > done:
-            origin = _unfinished(config, run, step, begun_at.sha256 if begun_at else "")
-        if step > done or origin:
-            _run_step(config, run, step, origin)
-        for record in _told(run, done):
-            if record not in before:
+    begun = time.monotonic()
+    with opened(config, run_path, writes=False) as run:
+        todo = _todo(config, run)
+    if todo.step > todo.done or todo.origin:
+        _run_step(config, run, todo.step, todo.origin)
+    with opened(config, run_path) as run, tracker(config, run) as wandb_run:
+        listen = listener(run, wandb_run, done=todo.done, total=todo.total)
+        for record in _told(run, todo.done):
+            if record not in todo.told:
                 listen(record)
-    if step == total:
-        end_progress(run)
-    checkpoint = newest_checkpoint(run.checkpoints)
-    if checkpoint is None or checkpoint.step != step:
-        raise CheckpointError(f"{run.checkpoints} holds no checkpoint of RS step {step}, which has just been made")
-    return checkpoint
+        run.append_metrics({"kind": "task", "name": "iterate", "seconds": time.monotonic() - begun, "starting": 0.0})
+        if todo.step == todo.total:
+            end_progress(run)
+        checkpoint = newest_checkpoint(run.checkpoints)
+        if checkpoint is None or checkpoint.step != todo.step:
+            raise CheckpointError(
+                f"{run.checkpoints} holds no checkpoint of RS step {todo.step}, which has just been made"
+            )
+        return replace(checkpoint, uri=run.uri_of(Path(checkpoint.uri)))
+
+
+def _todo(config: Config, run: RunFolder) -> _Todo:
+    from models.checkpoints import newest_checkpoint
+
+    newest, total = newest_checkpoint(run.checkpoints), config.total_steps(len(load_prompt_sets(run.path).train))
+    done = newest.step if newest else 0
+    origin = _unfinished(config, run, done, None) if done else None
+    step = done if origin or done == total else done + 1
+    if step > done:
+        origin = _unfinished(config, run, step, newest.sha256 if newest else "")
+    return _Todo(done, step, total, origin, tuple(_told(run, done)))
 
 
 def command(config: Config, run: RunFolder, step: int, origin: str | None, options: Sequence[str]) -> list[str]:
@@ -68,7 +99,7 @@ def command(config: Config, run: RunFolder, step: int, origin: str | None, optio
     phases = config.phases
     words = [sys.executable, str(file), "--watch-stdin", "--no-pylint", *options]
     if origin is None:
-        words += ["--config-value", "config", config.model_dump_json(), "run", "--run_path", str(run.path)]
+        words += ["--config-value", "config", config.model_dump_json(), "run", "--run_path", run.uri]
     else:  # a resume has the config and the parameters of its origin
         words += ["resume", "--origin-run-id", origin]
     for tag in _tags(run, step):

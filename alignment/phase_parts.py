@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignment.config import Config
-from alignment.preparation import cache_folder
 from alignment.run_folder import RunFolder
 from alignment.task import claim_devices, served, tested_clients
 from alignment.types import Prompt, RewardModelRef, Rollout, ScoredRollout
@@ -24,7 +23,7 @@ def sample(
     """Rollouts by the policy of the last checkpoint, or of the base, in the order of `prompts`."""
     import torch
 
-    from alignment.embedded import policy_folder
+    from alignment.policy_source import base_folder
     from alignment.rollout_engine import load_engine
     from alignment.rollouts import generate, in_prompt_order
     from alignment.rs_step import training_sampling
@@ -34,7 +33,7 @@ def sample(
     claim_devices(config)
     torch.set_num_threads(config.resources.threads)
     checkpoint = last_checkpoint(run.checkpoints)
-    source = checkpoint.uri if checkpoint else policy_folder(config.policy.model, cache_folder(config))
+    source = checkpoint.uri if checkpoint else base_folder(config)
     policy = load_policy(
         source,
         prompt_format=config.policy.prompt_format,

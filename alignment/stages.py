@@ -108,14 +108,15 @@ def run_iteration(
     from alignment import colocated, inner_run
     from alignment.preparation import load_prompt_sets
 
-    with opened(config, run_path) as run:
-        if config.loop.executor == "disaggregated":
-            checkpoint = inner_run.iterate(config, run)
-        else:
-            checkpoint = colocated.iterate(config, run, RewardModelRef(**reward), _judge_in(run, judge))
+    if config.loop.executor == "disaggregated":
+        checkpoint = inner_run.iterate(config, run_path)
+    else:
+        with opened(config, run_path) as run:
+            own = colocated.iterate(config, run, RewardModelRef(**reward), _judge_in(run, judge))
+            checkpoint = replace(own, uri=run.uri_of(Path(own.uri)))
+    with opened(config, run_path, writes=False) as run:
         total = config.total_steps(len(load_prompt_sets(run.path).train))
-        named = replace(checkpoint, uri=run.uri_of(Path(checkpoint.uri)))
-    return asdict(named), checkpoint.step < total
+    return asdict(checkpoint), checkpoint.step < total
 
 
 def _judge_in(run: RunFolder, judge: dict[str, Any]) -> JudgeRef:

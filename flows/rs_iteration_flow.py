@@ -86,7 +86,7 @@ class RSIterationFlow(FlowSpec):
         """Name the shards and who scores them."""
         from alignment.disaggregated import with_scorers
 
-        self.place = with_scorers(self.place)
+        self.place = with_scorers(typed(self.config), self.place)
         self.shards = list(range(self.config.phases.shards))
         self.next(self.rollouts, foreach="shards")
 

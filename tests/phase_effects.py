@@ -14,6 +14,7 @@ import config_effects as see
 from alignment import colocated, disaggregated, inner_run, stages
 from alignment.config import Config
 from alignment.errors import WorkerError
+from alignment.run_folder import RunFolder
 from flow_runs import ROOT
 
 
@@ -54,13 +55,13 @@ def executor(config: Config) -> str:
 
 def shard_sizes(config: Config) -> list[int]:
     """The prompts of each shard of the first RS step."""
-    return [len(shard) for shard in disaggregated._shards(config, _place(config))]
+    return [len(shard) for shard in disaggregated._shards(config, *_run_and_step(config))]
 
 
 def without_a_shard(config: Config) -> int | str:
     """The prompts that the first RS step goes on without when its second shard is lost, or the error."""
     try:
-        return len(disaggregated._lost(config, _place(config), [([], 0.0), None, ([], 0.0), ([], 0.0)]))
+        return len(disaggregated._lost(config, *_run_and_step(config), [([], 0.0), None, ([], 0.0), ([], 0.0)]))
     except WorkerError as error:
         return str(error)
 
@@ -91,5 +92,5 @@ def inner_command(option: str) -> Any:
     return look
 
 
-def _place(config: Config) -> dict[str, Any]:
-    return {"run_path": str(see.new_run(config).path), "step": 1}
+def _run_and_step(config: Config) -> tuple[RunFolder, int]:
+    return see.new_run(config), 1

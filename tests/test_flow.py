@@ -48,6 +48,7 @@ def test_the_run_leaves_the_files_it_promises(undisturbed):
     assert table.num_rows == 16 * 4
     assert sum(table["selected"].to_pylist()) == 16
     assert (folder.parent / "latest").resolve() == folder
+    assert not (folder.parent / "progress" / f"{folder.name}.prom").exists()  # there is nothing left to watch
     assert undisturbed.output.count("Task is starting") == 6  # start, reward_model, iterate twice, evaluate, end
     assert f"{folder.name}/report.html" in undisturbed.output
 
@@ -162,6 +163,10 @@ def test_killed_and_resumed_equals_undisturbed(place, undisturbed, victim):
     started = place.start("run", **SETTINGS)
     folder = wait_for(lambda: place.latest() if place.latest() != before else None, what="the run's folder")
     wait_for((folder / "checkpoints" / "step-000004" / "DONE").exists, what="checkpoint 4")
+    assert (
+        f'rs_run_total_steps{{run="{folder.name}"}} 6'
+        in (folder.parent / "progress" / f"{folder.name}.prom").read_text()
+    )
     if victim == "metaflow":
         started.kill()
     elif victim == "terminal":  # Ctrl-C reaches Metaflow and its task
