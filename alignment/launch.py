@@ -114,7 +114,7 @@ def _launcher(gang: Gang | None) -> list[str]:
     if gang is None or gang.count == 1:
         return ["alignment.one_node"]
     nodes = ["--nnodes", str(gang.count), "--node-rank", str(gang.rank)]
-    return ["torch.distributed.run", *nodes, "--master-addr", gang.address, "--master-port", str(gang.port)]
+    return ["alignment.gang_node", *nodes, "--master-addr", gang.address, "--master-port", str(gang.port)]
 
 
 def _watch(process: subprocess.Popen[str], check: Callable[[], None], reported: list[AlignmentError]) -> None:

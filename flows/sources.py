@@ -173,6 +173,8 @@ def main(flow: Callable[[], object]) -> None:
     if WATCH_STDIN in sys.argv:
         sys.argv.remove(WATCH_STDIN)
         interrupt_with_stdin()
+    # Metaflow starts the nodes of a local gang as `python`, which without an activated environment is another one.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     os.environ.setdefault("RS_COMMAND_STARTED", str(time.time()))  # what loop.max_time_per_run counts from
     sys.argv[1:] = fold_overrides(sys.argv[1:])
     flow()
