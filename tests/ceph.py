@@ -89,11 +89,22 @@ def _start(folder: Path, daemons: contextlib.ExitStack) -> int:
     _run(folder, "ceph", "osd", "new", osd)
     _run(folder, "ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
     _run(folder, "ceph", "osd", "crush", "add", "osd.0", "1", "root=default")
-    _daemon(folder, daemons, "ceph-osd", "-i", "0")
+    _start_osd(folder, daemons)
     _daemon(folder, daemons, "radosgw", "-n", "client.rgw")
     keys = ["--access-key=cephkey", "--secret-key=cephsecret"]
     _run(folder, "radosgw-admin", "user", "create", "--uid=tests", "--display-name=tests", *keys)
     return port
+
+
+def _start_osd(folder: Path, daemons: contextlib.ExitStack) -> None:
+    """Start the OSD and wait for it. Now and then it ends at once: it asks the monitor before it knows the cluster."""
+    log, give_up_at = folder / "osd.0.log", time.monotonic() + STARTING_S
+    process = _daemon(folder, daemons, "ceph-osd", "-i", "0")
+    while "state: booting -> active" not in (log.read_text(errors="replace") if log.exists() else ""):
+        assert time.monotonic() < give_up_at, f"the OSD does not come up: see {log}"
+        if process.poll() is not None:
+            process = _daemon(folder, daemons, "ceph-osd", "-i", "0")
+        time.sleep(0.2)
 
 
 def _run(folder: Path, *command: str) -> None:
@@ -108,7 +119,7 @@ def _takes_conf(program: str) -> bool:
     return program not in ("ceph-authtool", "monmaptool")
 
 
-def _daemon(folder: Path, daemons: contextlib.ExitStack, program: str, *arguments: str) -> None:
+def _daemon(folder: Path, daemons: contextlib.ExitStack, program: str, *arguments: str) -> subprocess.Popen[bytes]:
     """Start a program in the foreground; the kernel kills it when this process ends."""
     with open(folder / f"{program}.out", "wb") as output:
         process = subprocess.Popen(
@@ -117,6 +128,7 @@ def _daemon(folder: Path, daemons: contextlib.ExitStack, program: str, *argument
         )  # fmt: skip
     daemons.callback(process.wait)
     daemons.callback(process.send_signal, signal.SIGKILL)
+    return process
 
 
 def _wait_for(url: str, folder: Path) -> None:
