@@ -158,10 +158,11 @@ def _check_phases(config: "Config") -> None:
             f"({config.rollouts.num_rollout_samples}), the prompts that are spread over them: lower the first or raise "
             "the second"
         )
-    if own.update_nodes > 1 and config.run.root.startswith("s3://") and config.run.workspace is None:
+    if own.update_nodes > 1 and config.run.root.startswith("s3://"):
         raise ValueError(
-            f"phases.update_nodes ({own.update_nodes}) with run.root ({config.run.root}) needs a run.workspace: a "
-            "folder that all nodes of the update see, since they write one checkpoint together"
+            f"phases.update_nodes ({own.update_nodes}) with run.root ({config.run.root}): the nodes of an update write "
+            "one checkpoint together, but under s3:// each has a copy of its own. Set phases.update_nodes=1, or "
+            "run.root to a folder that all nodes see"
         )
     if own.max_lost_shards >= own.shards:
         raise ValueError(

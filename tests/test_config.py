@@ -207,6 +207,12 @@ def test_each_bad_value_is_one_line_with_key_value_and_remedy() -> None:
             "lower the first or raise the second",
         ),
         (
+            ["phases.update_nodes=2", "run.root=s3://bucket/runs"],
+            "phases.update_nodes (2) with run.root (s3://bucket/runs): the nodes of an update write one checkpoint "
+            "together, but under s3:// each has a copy of its own. Set phases.update_nodes=1, or run.root to a folder "
+            "that all nodes see",
+        ),
+        (
             ["phases.shards=2", "phases.max_lost_shards=2"],
             "phases.max_lost_shards (2) must be < phases.shards (2): a step needs rollouts of one at least; lower the "
             "first or raise the second",
