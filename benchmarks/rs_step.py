@@ -6,7 +6,7 @@ The default task's policy and reward model, each side's rewards from a real Trit
 and the update on what was kept. Selection and update are the same code on both sides, at a rate too small to move a
 weight; how rollouts are generated and scored is each side's own. Two workloads:
 
-    rs_step_vs_nemo_aligner        beginnings of reviews, 40 to 200 tokens, × 8 samples × 64 tokens
+    rs_step_vs_nemo_aligner        beginnings of reviews, 40 to 200 tokens, × 8 samples × 32 tokens
     rs_step_of_the_default_task    its own prompts of some ten words × 8 samples × 24 tokens
 """
 
@@ -30,7 +30,7 @@ from models.policy import Policy
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python -m benchmarks.rs_step"
 LONG, SHORT = "rs_step_vs_nemo_aligner", "rs_step_of_the_default_task"
-LONG_SETS = ("rollouts.max_new_tokens=64", "prompts.max_prompt_tokens=200", "reward.max_tokens=288")
+LONG_SETS = ("rollouts.max_new_tokens=32", "prompts.max_prompt_tokens=200", "reward.max_tokens=256")
 """A review's tokens are a few more to the reward model than to the policy."""
 
 
