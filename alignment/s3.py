@@ -13,7 +13,7 @@ import ipaddress
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -152,6 +152,7 @@ def explained(uri: str) -> Iterator[None]:
     A condition that did not hold (412, and 409 while another writes) is a StorageConflict.
     """
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
 
     try:
         yield
@@ -162,6 +163,36 @@ def explained(uri: str) -> Iterator[None]:
         if isinstance(inner, AlignmentError):  # of the file that was being sent
             raise inner from error
         raise StorageError(f"{uri}: {_failure(error)}") from error
+    except ResponseParserError as error:
+        raise StorageError(
+            f"{uri}: the answer is not S3's, or was cut off ({_endpoint()}); try again, or check AWS_ENDPOINT_URL"
+        ) from error
+
+
+def answered(request: Callable[..., Any], *fields: str, **arguments: Any) -> Any:
+    """A request's answer, which has these fields whole.
+
+    Python's HTTP client takes an answer whose head was cut off for a whole one with fewer fields; it is asked for
+    again. A cut in an ETag shows by its closing quote. boto3 counts its tries in an error's "RetryAttempts"; these are
+    added there. Raises botocore's errors.
+    """
+    from botocore.exceptions import ClientError, ResponseStreamingError
+
+    for tries in range(1, ATTEMPTS + 1):
+        try:
+            answer = request(**arguments)
+        except ClientError as error:
+            metadata = error.response["ResponseMetadata"]
+            metadata["RetryAttempts"] = metadata.get("RetryAttempts", 0) + tries - 1
+            raise
+        if all(field in answer for field in fields) and answer.get("ETag", '"').endswith('"'):
+            return answer
+        if "Body" in answer:
+            answer["Body"].close()
+        if hasattr(arguments.get("Body"), "seek"):
+            arguments["Body"].seek(0)
+        pause_after(tries)
+    raise ResponseStreamingError(error=f"answers without {fields}")
 
 
 def error_code(error: Any) -> str:
