@@ -185,7 +185,7 @@ def answered(request: Callable[..., Any], *fields: str, **arguments: Any) -> Any
             metadata = error.response["ResponseMetadata"]
             metadata["RetryAttempts"] = metadata.get("RetryAttempts", 0) + tries - 1
             raise
-        if all(field in answer for field in fields) and answer.get("ETag", '"').endswith('"'):
+        if all(field in answer for field in fields) and ("ETag" not in fields or answer["ETag"].endswith('"')):
             return answer
         if "Body" in answer:
             answer["Body"].close()
