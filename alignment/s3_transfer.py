@@ -204,8 +204,12 @@ def _begun_upload(location: Location, fingerprint: Fingerprint, *, fresh: bool) 
             abort_upload(location, upload_id)
     if chosen is not None:
         return chosen, useful[chosen]
-    answer = s3_client().create_multipart_upload(
-        Bucket=location.bucket, Key=location.key, Metadata={SHA256: fingerprint.sha256}
+    answer = answered(
+        s3_client().create_multipart_upload,
+        "UploadId",
+        Bucket=location.bucket,
+        Key=location.key,
+        Metadata={SHA256: fingerprint.sha256},
     )
     return answer["UploadId"], {}
 
