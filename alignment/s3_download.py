@@ -15,7 +15,9 @@ from typing import Any, BinaryIO
 
 from alignment.atomic_files import disk_errors, sync_folder
 from alignment.errors import StorageConflict, StorageError
-from alignment.s3 import ATTEMPTS, answered, explained, is_broken_connection, object_location, pause_after, s3_client
+from alignment.s3 import object_location
+from alignment.s3_connection import ATTEMPTS, answered, pause_after, s3_client
+from alignment.s3_errors import explained, is_broken_connection
 from alignment.s3_objects import StoredObject, require_bucket, stat_object
 from alignment.s3_threads import in_parallel, serialised
 

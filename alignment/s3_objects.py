@@ -10,21 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from alignment.errors import StorageConflict, StorageError
-from alignment.s3 import (
-    ATTEMPTS,
-    Location,
-    answered,
-    below,
-    error_code,
-    error_status,
-    explained,
-    is_absent,
-    is_broken_connection,
-    object_location,
-    parse_uri,
-    pause_after,
-    s3_client,
-)
+from alignment.s3 import Location, below, object_location, parse_uri
+from alignment.s3_connection import ATTEMPTS, answered, pause_after, s3_client
+from alignment.s3_errors import error_code, error_status, explained, is_absent, is_broken_connection
 
 SHA256 = "sha256"
 """Key of the metadata that holds the object's sha256, hex."""

@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from alignment.errors import DataError, StorageError
-from alignment.s3 import Location, answered, error_code, explained, object_location, s3_client
+from alignment.s3 import Location, object_location
+from alignment.s3_connection import answered, s3_client
 from alignment.s3_download import download_file as download_file
 from alignment.s3_download import read_exactly
+from alignment.s3_errors import error_code, explained
 from alignment.s3_objects import SHA256, bare, md5, stat_object
 from alignment.s3_threads import in_parallel, serialised
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment import s3
+from alignment import s3_connection
 from alignment.errors import StorageError
 from alignment.s3_folders import pull_folder, push_folder
 from alignment.s3_objects import read_bytes, stat_object, write_bytes
@@ -36,7 +36,7 @@ def test_answers_of_a_server_in_trouble_are_tried_again(flaky: FlakyProxy, bucke
     flaky.fail(Fault(status=status), times=1000)
     with pytest.raises(StorageError, match=r"(overloaded|failed 7 times in a row) .*try again later"):
         read_bytes(f"{bucket}/a")
-    assert flaky.count("GET") == 4 + s3.ATTEMPTS
+    assert flaky.count("GET") == 4 + s3_connection.ATTEMPTS
 
 
 def test_a_long_outage_leaves_later_requests_their_tries(flaky: FlakyProxy, bucket: str) -> None:
@@ -95,7 +95,7 @@ def test_an_answer_whose_head_is_cut_off_is_not_taken_for_whole(
 
 
 def test_a_server_that_is_silent_is_given_up(flaky: FlakyProxy, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "READ_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(s3_connection, "READ_TIMEOUT_S", 0.2)
     monkeypatch.setenv("AWS_SDK_UA_APP_ID", "another-client")
     flaky.fail(Fault(delay_s=0.6), times=2)
     assert read_bytes(f"{bucket}/none") is None
