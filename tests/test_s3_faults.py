@@ -74,7 +74,7 @@ def test_a_stream_that_breaks_again_and_again_ends_in_an_error(flaky: FlakyProxy
     assert (tmp_path / "back").read_bytes() == b"x" * 100_000
 
 
-@pytest.mark.parametrize("cut", [1, 20, 90, 140, 200, 260, 320, 400])
+@pytest.mark.parametrize("cut", [20, 90, 200, 400])
 def test_an_answer_whose_head_is_cut_off_is_not_taken_for_whole(
     flaky: FlakyProxy, bucket: str, tmp_path: Path, cut: int
 ) -> None:
