@@ -15,7 +15,9 @@ from typing import Any, BinaryIO
 
 from alignment.atomic_files import disk_errors, sync_folder
 from alignment.errors import StorageConflict, StorageError
-from alignment.s3 import ATTEMPTS, explained, is_broken_connection, object_location, pause_after, s3_client
+from alignment.s3 import object_location
+from alignment.s3_connection import ATTEMPTS, answered, pause_after, s3_client
+from alignment.s3_errors import explained, is_broken_connection
 from alignment.s3_objects import StoredObject, require_bucket, stat_object
 from alignment.s3_threads import in_parallel, serialised
 
@@ -147,20 +149,24 @@ def _fetch_range(stored: StoredObject, file: BinaryIO, start: int, size: int) ->
 
 def _stream(stored: StoredObject, start: int, end: int) -> Iterator[bytes]:
     """Bytes `start` to `end` of the object in chunks. Raises _Damaged where it is no longer that object."""
+    from botocore.exceptions import ResponseStreamingError
+
     location = object_location(stored.uri)
     try:
         with explained(stored.uri):
             answer = _get(location.bucket, location.key, stored.etag, f"bytes={start}-{end - 1}")
     except StorageConflict:
         raise _Damaged("it was replaced while it was fetched") from None
-    if answer["ResponseMetadata"]["HTTPStatusCode"] != 206 or answer["ContentLength"] != end - start:
-        raise StorageError(f"{stored.uri}: the server does not answer range requests; use another")
     with contextlib.closing(answer["Body"]) as body:
+        if answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
+            raise StorageError(f"{stored.uri}: the server does not answer range requests; use another")
+        if answer["ContentLength"] != end - start:
+            raise ResponseStreamingError(error=f"{answer['ContentLength']} bytes of {end - start} announced")
         yield from body.iter_chunks(WRITE_BYTES)
 
 
 def _get(bucket: str, key: str, etag: str, span: str) -> Any:
-    return s3_client().get_object(Bucket=bucket, Key=key, IfMatch=etag, Range=span)
+    return answered(s3_client().get_object, "ContentLength", Bucket=bucket, Key=key, IfMatch=etag, Range=span)
 
 
 def _verify(stored: StoredObject, file: BinaryIO) -> None:

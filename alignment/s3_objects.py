@@ -2,30 +2,21 @@
 
 import base64
 import hashlib
+import re
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 from alignment.errors import StorageConflict, StorageError
-from alignment.s3 import (
-    ATTEMPTS,
-    Location,
-    below,
-    error_code,
-    error_status,
-    explained,
-    is_absent,
-    is_broken_connection,
-    object_location,
-    parse_uri,
-    pause_after,
-    s3_client,
-)
+from alignment.s3 import Location, below, object_location, parse_uri
+from alignment.s3_connection import ATTEMPTS, answered, pause_after, s3_client
+from alignment.s3_errors import error_code, error_status, explained, is_absent, is_broken_connection
 
 SHA256 = "sha256"
 """Key of the metadata that holds the object's sha256, hex."""
+_HEX_SHA256 = re.compile("[0-9a-f]{64}")
 LISTING_THREADS = 8
 DELETED_AT_ONCE = 1000
 """The most keys that S3 deletes in one request."""
@@ -43,19 +34,34 @@ class StoredObject:
 
 def read_bytes(uri: str) -> tuple[bytes, str] | None:
     """Content and ETag of a small object, None where there is none. Raises StorageError."""
+    for _ in range(ATTEMPTS):
+        got = _get(uri)
+        if got is None:
+            return None
+        data, etag, sha256 = got
+        # A head that was cut off may lack the sha256 or state too small a size.
+        if sha256 == hashlib.sha256(data).hexdigest() or (sha256 is None and got == _get(uri)):
+            return data, etag
+    raise StorageError(f"{uri}: its content is not what its sha256 says: it was damaged; write it again")
+
+
+def _get(uri: str) -> tuple[bytes, str, str | None] | None:
+    """Content, ETag and stated sha256 of an object; a stream that breaks off is read again from the start."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     location = object_location(uri)
     with explained(uri):
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                answer = s3_client().get_object(Bucket=location.bucket, Key=location.key)
+                answer = answered(
+                    s3_client().get_object, "ETag", "ContentLength", Bucket=location.bucket, Key=location.key
+                )
             except ClientError as error:
                 if is_absent(error):
                     return None
                 raise
             try:
-                return answer["Body"].read(), bare(answer["ETag"])
+                return answer["Body"].read(), bare(answer["ETag"]), _stated_sha256(answer)
             except BotoCoreError as error:
                 if attempt == ATTEMPTS or not is_broken_connection(error):
                     raise
@@ -77,7 +83,9 @@ def write_bytes(uri: str, data: bytes, *, if_absent: bool = False, if_match: str
     condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": bare(if_match)} if if_match is not None else {}
     with explained(uri):
         try:
-            answer = s3_client().put_object(
+            answer = answered(
+                s3_client().put_object,
+                "ETag",
                 Bucket=location.bucket,
                 Key=location.key,
                 Body=data,
@@ -103,17 +111,34 @@ def stat_object(uri: str) -> StoredObject | None:
 
     Raises StorageError.
     """
+    for _ in range(ATTEMPTS):
+        found = _head(uri)
+        # An answer may lose the end of its head: that there is no sha256 is believed only when it was said twice.
+        if found is None or found.sha256 is not None or found == _head(uri):
+            return found
+    raise StorageError(f"{uri}: its size or metadata differ each time they are asked for; is somebody writing it?")
+
+
+def _head(uri: str) -> StoredObject | None:
     from botocore.exceptions import ClientError
 
     location = object_location(uri)
     with explained(uri):
         try:
-            answer = s3_client().head_object(Bucket=location.bucket, Key=location.key)
+            answer = answered(
+                s3_client().head_object, "ETag", "ContentLength", Bucket=location.bucket, Key=location.key
+            )
         except ClientError as error:
             if is_absent(error):
                 return None
             raise
-    return StoredObject(uri, answer["ContentLength"], answer.get("Metadata", {}).get(SHA256), bare(answer["ETag"]))
+    return StoredObject(uri, answer["ContentLength"], _stated_sha256(answer), bare(answer["ETag"]))
+
+
+def _stated_sha256(answer: Mapping[str, Any]) -> str | None:
+    """The sha256 that an object's metadata state, None where they state none or other tools wrote something else."""
+    stated = answer.get("Metadata", {}).get(SHA256, "")
+    return stated if _HEX_SHA256.fullmatch(stated) else None
 
 
 def list_objects(uri: str, *, sums: bool = False) -> list[StoredObject]:

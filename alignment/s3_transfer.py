@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from alignment.errors import DataError, StorageError
-from alignment.s3 import Location, error_code, explained, object_location, s3_client
+from alignment.s3 import Location, object_location
+from alignment.s3_connection import answered, s3_client
 from alignment.s3_download import download_file as download_file
 from alignment.s3_download import read_exactly
+from alignment.s3_errors import error_code, explained
 from alignment.s3_objects import SHA256, bare, md5, stat_object
 from alignment.s3_threads import in_parallel, serialised
 
@@ -168,6 +170,7 @@ def _send_parts(
             size = _part_size(fingerprint, number)
             answer = _known(
                 s3_client().upload_part,
+                "ETag",
                 Bucket=location.bucket,
                 Key=location.key,
                 UploadId=upload_id,
@@ -203,8 +206,12 @@ def _begun_upload(location: Location, fingerprint: Fingerprint, *, fresh: bool) 
             abort_upload(location, upload_id)
     if chosen is not None:
         return chosen, useful[chosen]
-    answer = s3_client().create_multipart_upload(
-        Bucket=location.bucket, Key=location.key, Metadata={SHA256: fingerprint.sha256}
+    answer = answered(
+        s3_client().create_multipart_upload,
+        "UploadId",
+        Bucket=location.bucket,
+        Key=location.key,
+        Metadata={SHA256: fingerprint.sha256},
     )
     return answer["UploadId"], {}
 
@@ -247,12 +254,12 @@ def abort_upload(location: Location, upload_id: str) -> None:
             raise
 
 
-def _known(request: Callable[..., Any], **arguments: Any) -> Any:
+def _known(request: Callable[..., Any], *fields: str, **arguments: Any) -> Any:
     """An answer about a multipart upload. Raises UploadGone where the server does not know it (any more)."""
     from botocore.exceptions import ClientError
 
     try:
-        return request(**arguments)
+        return answered(request, *fields, **arguments)
     except ClientError as error:
         if error_code(error) == "NoSuchUpload":
             raise UploadGone from error

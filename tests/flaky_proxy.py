@@ -119,10 +119,12 @@ class FlakyProxy:
                 self._add(up=len(data))
                 time.sleep(len(data) / self.bytes_per_s)
             else:
-                free = fault.cut_down is None or _is_continue(data)
-                room = len(data) if free else min(len(data), fault.cut_down - down)
+                if _is_continue(data) or fault.cut_down is None:
+                    room = len(data)
+                else:
+                    room = min(len(data), fault.cut_down - down)
+                    down += room
                 client.sendall(data[:room])
-                down += room
                 self._add(down=room)
                 if room < len(data):
                     return  # in order: a reset would also take back what the client has not read yet

@@ -43,10 +43,10 @@ def flaky(server_name: str, request: pytest.FixtureRequest, monkeypatch: pytest.
     """A proxy before the server of `bucket`; boto3 of this process goes through it, with short pauses between tries."""
     from botocore import retryhandler
 
-    from alignment import s3
+    from alignment import s3_connection
 
     monkeypatch.setattr(retryhandler, "delay_exponential", lambda base, growth_factor, attempts: 0.02)
-    monkeypatch.setattr(s3, "STREAM_PAUSE_S", 0.02)
+    monkeypatch.setattr(s3_connection, "STREAM_PAUSE_S", 0.02)
     server: S3Server = request.getfixturevalue(f"{server_name}_server")
     with FlakyProxy(server.url) as proxy:
         use(server, monkeypatch, proxy.url)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from alignment import s3
+from alignment import s3_connection
 from alignment.errors import ConfigError, DataError, StorageConflict, StorageError
 from alignment.s3 import explained, is_s3, parse_uri, s3_client
 from alignment.s3_objects import (
@@ -195,7 +195,7 @@ def test_no_network_is_told_with_the_address_and_without_its_password(monkeypatc
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     use(S3Server(f"http://user:{SECRET}@127.0.0.1:{port}", "any", SECRET), monkeypatch)
-    monkeypatch.setattr(s3, "ATTEMPTS", 2)
+    monkeypatch.setattr(s3_connection, "ATTEMPTS", 2)
     with pytest.raises(
         StorageError, match=rf"no connection to http://127.0.0.1:{port}.*check AWS_ENDPOINT_URL"
     ) as raised:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment import s3
+from alignment import s3_connection
 from alignment.errors import StorageError
 from alignment.s3_folders import pull_folder, push_folder
 from alignment.s3_objects import read_bytes, stat_object, write_bytes
@@ -36,7 +36,7 @@ def test_answers_of_a_server_in_trouble_are_tried_again(flaky: FlakyProxy, bucke
     flaky.fail(Fault(status=status), times=1000)
     with pytest.raises(StorageError, match=r"(overloaded|failed 7 times in a row) .*try again later"):
         read_bytes(f"{bucket}/a")
-    assert flaky.count("GET") == 4 + s3.ATTEMPTS
+    assert flaky.count("GET") == 4 + s3_connection.ATTEMPTS
 
 
 def test_a_long_outage_leaves_later_requests_their_tries(flaky: FlakyProxy, bucket: str) -> None:
@@ -64,15 +64,38 @@ def test_cut_connections_are_tried_again(flaky: FlakyProxy, bucket: str, tmp_pat
 
 def test_a_stream_that_breaks_again_and_again_ends_in_an_error(flaky: FlakyProxy, bucket: str, tmp_path: Path) -> None:
     write_bytes(f"{bucket}/file", b"x" * 100_000)
-    flaky.fail(Fault(cut_down=500), times=1000, method="GET")  # in or just behind the head
+    flaky.fail(Fault(cut_down=5), times=1000, method="GET")
     with pytest.raises(StorageError, match="or it broke"):
         download_file(f"{bucket}/file", tmp_path / "back")
+    flaky.fail(Fault(cut_down=50_000), times=1000, method="GET")
     with pytest.raises(StorageError, match="or it broke"):
         read_bytes(f"{bucket}/file")
+    download_file(f"{bucket}/file", tmp_path / "back")  # each try gets further
+    assert (tmp_path / "back").read_bytes() == b"x" * 100_000
+
+
+@pytest.mark.parametrize("cut", [20, 90, 200, 400])
+def test_an_answer_whose_head_is_cut_off_is_not_taken_for_whole(
+    flaky: FlakyProxy, bucket: str, tmp_path: Path, cut: int
+) -> None:
+    path, uri = large_file(tmp_path / "file"), f"{bucket}/file"
+    first = move_pointer(f"{bucket}/latest", "run-1", None)
+    flaky.fail(Fault(cut_down=cut), times=1, method="PUT")
+    assert read_pointer(f"{bucket}/latest") == first
+    second = move_pointer(f"{bucket}/latest", "run-2", first.token)
+    for method in ("PUT", "HEAD", "GET"):
+        flaky.fail(Fault(cut_down=cut), times=2, method=method)
+        assert upload_file(path, f"{uri}-{method}") == digest(path)
+        flaky.fail(Fault(cut_down=cut), times=1, method=method)
+        assert stat_object(f"{uri}-{method}").sha256 == digest(path)
+        download_file(f"{uri}-{method}", tmp_path / method, sha256=None)
+        assert digest(tmp_path / method) == digest(path)
+    flaky.fail(Fault(cut_down=cut), times=1, method="GET")
+    assert read_pointer(f"{bucket}/latest") == second
 
 
 def test_a_server_that_is_silent_is_given_up(flaky: FlakyProxy, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "READ_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(s3_connection, "READ_TIMEOUT_S", 0.2)
     monkeypatch.setenv("AWS_SDK_UA_APP_ID", "another-client")
     flaky.fail(Fault(delay_s=0.6), times=2)
     assert read_bytes(f"{bucket}/none") is None
@@ -87,7 +110,8 @@ def test_a_lost_answer_is_no_lost_race(flaky: FlakyProxy, bucket: str) -> None:
     first = move_pointer(uri, "run-1", None)
     flaky.fail(Fault(cut_down=0), times=1, method="PUT")
     second = move_pointer(uri, "run-2", first.token)
-    assert flaky.count("PUT") == 4 and read_pointer(uri) == second
+    assert flaky.count("PUT") == 4
+    assert read_pointer(uri) == second
 
 
 def test_a_lost_answer_to_the_end_of_an_upload_is_no_failure(flaky: FlakyProxy, bucket: str, tmp_path: Path) -> None:
