@@ -5,6 +5,7 @@ are free ones, so that several can run. It ends with the process that started it
 """
 
 import contextlib
+import random
 import shutil
 import signal
 import socket
@@ -21,6 +22,7 @@ from s3_servers import S3Server
 PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "ceph", "ceph-authtool", "monmaptool", "radosgw-admin", "setpriv")
 INSTALL = "apt-get install --no-install-recommends radosgw ceph-mon ceph-osd"
 STARTING_S = 180
+PORTS = range(30000, 32768)
 CONF = """
 [global]
 fsid = {fsid}
@@ -68,13 +70,14 @@ def why_not() -> str:
 def ceph(folder: Path) -> Iterator[S3Server]:
     """A gateway with one user; its files are in `folder`, which must not exist yet."""
     with contextlib.ExitStack() as daemons:
-        port = _start(folder, daemons)
+        port, gateway = _start(folder, daemons)
         url = f"http://127.0.0.1:{port}"
-        _wait_for(url, folder)
+        _wait_for(url, gateway, folder)
         yield S3Server(url, "cephkey", "cephsecret")
 
 
-def _start(folder: Path, daemons: contextlib.ExitStack) -> int:
+def _start(folder: Path, daemons: contextlib.ExitStack) -> tuple[int, subprocess.Popen[bytes]]:
+    """The gateway's port and process."""
     for name in ("mon", "osd"):
         (folder / name).mkdir(parents=True)
     fsid, osd, (mon_port, port) = str(uuid.uuid4()), str(uuid.uuid4()), _free_ports(2)
@@ -90,10 +93,10 @@ def _start(folder: Path, daemons: contextlib.ExitStack) -> int:
     _run(folder, "ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
     _run(folder, "ceph", "osd", "crush", "add", "osd.0", "1", "root=default")
     _start_osd(folder, daemons)
-    _daemon(folder, daemons, "radosgw", "-n", "client.rgw")
+    gateway = _daemon(folder, daemons, "radosgw", "-n", "client.rgw")
     keys = ["--access-key=cephkey", "--secret-key=cephsecret"]
     _run(folder, "radosgw-admin", "user", "create", "--uid=tests", "--display-name=tests", *keys)
-    return port
+    return port, gateway
 
 
 def _start_osd(folder: Path, daemons: contextlib.ExitStack) -> None:
@@ -131,9 +134,11 @@ def _daemon(folder: Path, daemons: contextlib.ExitStack, program: str, *argument
     return process
 
 
-def _wait_for(url: str, folder: Path) -> None:
+def _wait_for(url: str, gateway: subprocess.Popen[bytes], folder: Path) -> None:
     opener, give_up_at = urllib.request.build_opener(urllib.request.ProxyHandler({})), time.monotonic() + STARTING_S
     while True:
+        # Else another server might answer at a port that the gateway did not get.
+        assert gateway.poll() is None, f"the gateway has ended: see {folder}/*.log"
         try:
             opener.open(url, timeout=5).close()
             return
@@ -143,8 +148,15 @@ def _wait_for(url: str, folder: Path) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+    """Ports that are free now and likely to stay so for the seconds until a daemon takes them.
+
+    The kernel gives the ports from 32768 on to whoever connects somewhere.
+    """
+    free: list[int] = []
+    for port in random.sample(PORTS, len(PORTS)):
+        with contextlib.suppress(OSError), socket.socket() as one:
+            one.bind(("127.0.0.1", port))
+            free.append(port)
+        if len(free) == count:
+            return free
+    raise OSError(f"fewer than {count} of the ports {PORTS[0]} to {PORTS[-1]} are free")

@@ -3,6 +3,7 @@
 moto stands in for S3; the slow tests are on Ceph, where it is installed.
 """
 
+import contextlib
 import gzip
 import json
 import os
@@ -11,13 +12,14 @@ import signal
 import subprocess
 import sys
 import zlib
+from collections.abc import Iterator
 
 import pytest
 
 from alignment.s3_objects import list_objects, read_bytes
 from alignment.scoring import RewardClient
 from alignment.workspace import find_run
-from flow_runs import ROOT, Place, processes_naming, wait_for
+from flow_runs import ROOT, Finished, Place, processes_naming, wait_for
 from models.checkpoints import verify
 from s3_flow_runs import Node, names
 from s3_servers import S3Server, new_bucket, use
@@ -28,9 +30,10 @@ SETTINGS = {
     "rollouts__num_rollout_samples": 16,
     "rollouts__max_new_tokens": 160,
     "training__global_batch_size": 16,
-    "loop__max_steps": 8,
-    "loop__steps_per_iteration": 8,
-    "loop__val_check_interval": 4,
+    "loop__max_steps": 6,
+    "loop__steps_per_iteration": 6,
+    "loop__val_check_interval": 3,
+    "evaluation__num_prompts": 4,
 }
 
 
@@ -105,9 +108,20 @@ def test_another_node_evaluates_what_is_promoted_against_the_base(elsewhere, run
 
 
 def test_triton_serves_a_repository_in_s3(elsewhere, aligned):
-    command = [sys.executable, "-m", "infra.triton", "--repository", f"{elsewhere.root}/triton_repo"]
+    assert_serves(elsewhere, f"{elsewhere.root}/triton_repo")
+
+
+def test_triton_serves_a_reward_model_that_was_fetched(elsewhere, aligned):
+    fetched = elsewhere.tool("models.registry", "--root", elsewhere.root, "fetch", "reward_model", "--to", "repository")
+    assert fetched.status == 0 and "reward_model:1 is in repository" in fetched.output, fetched.output
+    assert_serves(elsewhere, "repository")
+
+
+def assert_serves(node: Node, repository: str) -> None:
+    """`python -m infra.triton` serves version 1 of a repository, and scores."""
     server = subprocess.Popen(
-        command, env=elsewhere.environment(PYTHONPATH=str(ROOT)), text=True,
+        [sys.executable, "-m", "infra.triton", "--repository", repository],
+        cwd=node.path, env=node.environment(PYTHONPATH=str(ROOT)), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
@@ -162,27 +176,36 @@ def plain(data: bytes) -> bytes:
 def test_a_node_that_is_lost_in_the_middle_costs_no_step_that_was_sent(ceph_server, tmp_path, monkeypatch):
     use(ceph_server, monkeypatch)
     node, local = Node(tmp_path / "node", new_bucket()), Place(tmp_path / "local")
-    for place in (node, local):
-        place.path.mkdir()
-    started = node.start("run", **SETTINGS)
-    root = node.root
-    wait_for(lambda: find_run(root, "latest"), 120, "the run")
-    run = find_run(root, "latest")
-    wait_for(lambda: read_bytes(f"{run}/checkpoints/step-000002/DONE"), 240, "RS step 2")
-    os.killpg(started.pid, signal.SIGKILL)
-    started.wait()
-    wait_for(lambda: not processes_naming(str(node.path)), 90, "the end of the workers")
-    assert read_bytes(f"{run}/report.json") is None
-    shutil.rmtree(node.path / "cache")  # another node would not have it
-    resumed = node.resume()
-    assert resumed.status == 0, resumed.output[-4000:]
-    metrics = [json.loads(line) for line in read_bytes(f"{run}/metrics.jsonl")[0].splitlines()]
-    assert [r["step"] for r in metrics if r["kind"] == "step"] == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert "continuing after RS step" in resumed.output
-    # The same decisions and weights as a local run that nothing disturbed.
-    undisturbed = local.run("run", **SETTINGS)
-    manifest = json.loads(read_bytes(f"{run}/checkpoints/step-000008/manifest.json")[0])
-    assert manifest["weights_sha256"] == undisturbed.digest
+    with running(local) as undisturbed, running(node) as started:
+        run = wait_for(lambda: find_run(node.root, "latest"), 120, "the run")
+        wait_for(lambda: read_bytes(f"{run}/checkpoints/step-000002/DONE"), 240, "RS step 2")
+        os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
+        wait_for(lambda: not processes_naming(str(node.path)), 90, "the end of the workers")
+        assert read_bytes(f"{run}/report.json") is None
+        shutil.rmtree(node.path / "cache")  # another node would not have it
+        resumed = node.resume()
+        assert resumed.status == 0, resumed.output[-4000:]
+        metrics = [json.loads(line) for line in read_bytes(f"{run}/metrics.jsonl")[0].splitlines()]
+        assert [r["step"] for r in metrics if r["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
+        assert "continuing after RS step" in resumed.output
+        # The same decisions and weights as a local run that nothing disturbed.
+        said, _ = undisturbed.communicate(timeout=240)
+        manifest = json.loads(read_bytes(f"{run}/checkpoints/step-000006/manifest.json")[0])
+        assert manifest["weights_sha256"] == Finished(undisturbed.returncode, said, local.latest()).digest
+
+
+@contextlib.contextmanager
+def running(place: Place) -> Iterator[subprocess.Popen[str]]:
+    """A run in the background, with a folder of its own; it ends with the context."""
+    place.path.mkdir()
+    process = place.start("run", **SETTINGS)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 @pytest.mark.slow
