@@ -35,7 +35,7 @@ def test_a_step_that_was_cut_off_is_ended_by_a_node_that_has_nothing(moto_server
         assert shards_done(output) == ONCE_EACH
         wait_for(lambda: not node.processes(), 90, "the end of all processes")
         shutil.rmtree(node.path / "cache")  # the copies of runs and models
-        resumed = node.resume(RS_CACHE=str(tmp_path / "another node"))
+        resumed = node.resume(RS_CACHE=str(tmp_path / "another"))
     assert resumed.status == 0, resumed.output
     assert not shards_done(resumed.output) and not node.processes()
     run = find_run(node.root, "latest")
