@@ -2,9 +2,9 @@
 
     parent:<run id>  iteration:<RS step>
 
-A step that failed is resumed: tasks that ended well are cloned, so that a lost node repeats what it had to do and
-nothing else. The inner run ends with this process, `kill -9` included: its standard input is a pipe that nothing is
-written to.
+A step that failed is resumed: tasks that ended well are cloned, and only those that did not are repeated, among them
+the ones that were running beside a lost one, which Metaflow ends with the run. The inner run ends with this process,
+`kill -9` included: its standard input is a pipe that nothing is written to.
 """
 
 import os

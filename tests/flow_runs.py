@@ -32,32 +32,42 @@ class Place:
         sets = [word for key, value in overrides.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
         return [sys.executable, str(ROOT / "flows" / f"{flow}.py"), "--config", "config", str(SMOKE), *sets, *arguments]
 
-    def start(self, *arguments: str, **settings: object) -> subprocess.Popen[str]:
-        """Start RSFlow in a session of its own and come back at once."""
+    def start(self, *arguments: str, flow: str = "rs_flow", **settings: object) -> subprocess.Popen[str]:
+        """Start a flow in a session of its own and come back at once."""
+        return self.begin(self.command(flow, *arguments, **settings))
+
+    def begin(self, command: list[str], **extra: str) -> subprocess.Popen[str]:
+        """Start a command in a session of its own and come back at once."""
         return subprocess.Popen(
-            self.command("rs_flow", *arguments, **settings),
-            cwd=self.path, env=self.environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            command, cwd=self.path, env=self.environment(**extra), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
     def run(self, *arguments: str, flow: str = "rs_flow", **settings: object) -> "Finished":
         """Run a flow to its end."""
         return self.execute(self.command(flow, *(arguments or ("run",)), **settings))
 
-    def resume(self, flow: str = "rs_flow") -> "Finished":
+    def resume(self, flow: str = "rs_flow", **extra: str) -> "Finished":
         """`python flows/<flow>.py resume`: takes the config of the run that it continues."""
-        return self.execute([sys.executable, str(ROOT / "flows" / f"{flow}.py"), "resume"])
+        return self.execute(resuming(flow), **extra)
 
     def execute(self, command: list[str], **extra: str) -> "Finished":
         done = subprocess.run(
             command, cwd=self.path, env=self.environment(**extra), text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=400,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900,
         )  # fmt: skip
         return Finished(done.returncode, done.stdout, self.latest())
 
     def latest(self) -> Path:
         """The newest run's folder."""
         return (self.root / "latest").resolve()
+
+    def processes(self, text: str = "") -> list[int]:
+        """Pids of live processes that work in this folder, as all of its flows do, and whose command line holds `text`.
+
+        Flows that other tests run at the same time are none of them.
+        """
+        return [pid for pid in processes_naming(text) if _folder_of(pid) == self.path]
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,18 @@ class Finished:
         """The weights digest of the last step's checkpoint."""
         last = max((self.folder / "checkpoints").glob("step-*/manifest.json"))
         return json.loads(last.read_text())["weights_sha256"]
+
+
+def resuming(flow: str) -> list[str]:
+    """The command that resumes a flow's last run."""
+    return [sys.executable, str(ROOT / "flows" / f"{flow}.py"), "resume"]
+
+
+def _folder_of(pid: int) -> Path | None:
+    try:
+        return Path(f"/proc/{pid}/cwd").readlink()
+    except OSError:  # it has ended meanwhile
+        return None
 
 
 def processes_naming(text: str) -> list[int]:
