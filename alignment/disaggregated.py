@@ -36,14 +36,14 @@ Shard = tuple[Sequence[Mapping[str, Any]], float]
 """Rollouts of a shard, and the seconds that they took."""
 
 
-def begin_step(config: Config, run_path: str | None, run_id: str) -> Plain:
+def begin_step(config: Config, run_path: str | None, run_id: str, resumed_id: str | None = None) -> Plain:
     """Where the RS step after the last checkpoint of `run_path` is; without a path, step 1 of a new run.
 
-    Raises ConfigError where there is no such run, or it has all its steps.
+    A new run that failed here and is resumed (`resumed_id`) keeps its folder. Raises ConfigError where there is no such run, or it has all its steps.
     """
-    from models.checkpoints import last_checkpoint
+    from models.checkpoints import newest_checkpoint
 
-    path = run_path or begin(config, run_id)[0]
+    path = run_path or begin(config, run_id, resumed_id)[0]
     with opened(config, path, writes=False) as run:
         if not run.config.is_file():
             raise ConfigError(f"--run_path ({path}): no run folder; give one that `run` made, or leave the option out")
@@ -51,7 +51,7 @@ def begin_step(config: Config, run_path: str | None, run_id: str) -> Plain:
             raise ConfigError(
                 f"the run {path} was begun with another config: give its own, --config config {path}/config.json"
             )
-        checkpoint, total = last_checkpoint(run.checkpoints), _total_steps(config, run)
+        checkpoint, total = newest_checkpoint(run.checkpoints), _total_steps(config, run)
     done = checkpoint.step if checkpoint else 0
     if done >= total:
         raise ConfigError(
@@ -155,7 +155,7 @@ def train(
 
 
 def _train(config: Config, run: RunFolder, place: Place, scored: Plain, gang: Gang) -> Checkpoint | None:
-    from models.checkpoints import last_checkpoint
+    from models.checkpoints import newest_checkpoint
 
     step = place["step"]
     _check_place(run, place, or_done=True)
@@ -172,7 +172,7 @@ def _train(config: Config, run: RunFolder, place: Place, scored: Plain, gang: Ga
     )
     if gang.rank:
         return None
-    checkpoint = last_checkpoint(run.checkpoints)
+    checkpoint = newest_checkpoint(run.checkpoints)  # verified by whoever loads it
     if checkpoint is None or checkpoint.step != step:
         raise CheckpointError(f"{run.checkpoints} holds no checkpoint of RS step {step}, which the workers just made")
     todo.unlink(missing_ok=True)  # rollouts/ has it all, and for as long as the run is kept

@@ -67,7 +67,8 @@ class RSIterationFlow(FlowSpec):
         from alignment.disaggregated import begin_step, lacks_nothing
 
         with task():
-            self.place = begin_step(typed(self.config), self.run_path or None, current.run_id)
+            ids = current.run_id, current.origin_run_id
+            self.place = begin_step(typed(self.config), self.run_path or None, *ids)
             self.ready = "yes" if lacks_nothing(typed(self.config), self.place) else "no"
         self.next({"yes": self.sharding, "no": self.preparation}, condition="ready")
 
