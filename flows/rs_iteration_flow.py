@@ -146,7 +146,7 @@ class RSIterationFlow(FlowSpec):
         self.merge_artifacts(inputs, include=["place"])
         self.checkpoint = next(node.checkpoint for node in inputs if node.checkpoint)
         with task(self.config.phases.validation.timeout_s):
-            self.validated = validate(typed(self.config), self.place)
+            self.validated = validate(typed(self.config), self.place, self.checkpoint)
         self.next(self.end)
 
     @step
