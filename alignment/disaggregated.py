@@ -21,6 +21,7 @@ from alignment.atomic_files import write_json
 from alignment.config import Config, parse_config
 from alignment.errors import CheckpointError, ConfigError, WorkerError
 from alignment.launch import Gang, run_workers
+from alignment.node_gpus import take_gpu
 from alignment.phase_parts import Plain, rollout, sample, score, scored_rollout
 from alignment.preparation import load_prompt_sets
 from alignment.rollouts import in_prompt_order
@@ -93,6 +94,8 @@ def sample_shard(config: Config, place: Place, shard: int) -> tuple[list[Plain],
     begun = time.monotonic()
     with opened(config, place["run_path"], writes=False) as run:
         _check_place(run, place)
+        if config.resources.gpu and not config.phases.run_with:
+            take_gpu(run.path)
         prompts = _shards(config, run, place["step"])[shard]
         rollouts = sample(
             config,

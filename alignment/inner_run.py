@@ -23,6 +23,7 @@ from alignment.config import Config
 from alignment.errors import CheckpointError, StoppedError, WorkerError
 from alignment.launch import SOURCE_ROOT, stop, worker_environment
 from alignment.lifeline import interrupt_grace_s
+from alignment.node_gpus import gpu_count
 from alignment.preparation import load_prompt_sets
 from alignment.run_events import listener
 from alignment.run_folder import RunFolder
@@ -127,10 +128,12 @@ def command(config: Config, run: RunFolder, step: int, origin: str | None, optio
 
 
 def side_by_side(config: Config) -> int:
-    """Tasks at a time: all shards where they have nodes of their own, else as many as this node has cores for."""
+    """Tasks at a time: all shards where they have nodes of their own, else as many as this one has cores and GPUs for."""
     if config.phases.run_with:
         return config.phases.shards
-    return max(1, len(os.sched_getaffinity(0)) // config.in_phase("rollouts").resources.cpu)
+    own = config.in_phase("rollouts").resources
+    by_cores = len(os.sched_getaffinity(0)) // own.cpu
+    return max(1, min(by_cores, gpu_count() // own.gpu) if own.gpu else by_cores)
 
 
 def inherited(words: Sequence[str]) -> list[str]:
