@@ -40,7 +40,8 @@ Shard = tuple[Sequence[Mapping[str, Any]], float]
 def begin_step(config: Config, run_path: str | None, run_id: str, resumed_id: str | None = None) -> Plain:
     """Where the RS step after the last checkpoint of `run_path` is; without a path, step 1 of a new run.
 
-    A new run that failed here and is resumed (`resumed_id`) keeps its folder. Raises ConfigError where there is no such run, or it has all its steps.
+    A new run that failed here and is resumed (`resumed_id`) keeps its folder. Raises ConfigError where there is no such
+    run, or it has all its steps.
     """
     from models.checkpoints import newest_checkpoint
 

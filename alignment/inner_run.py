@@ -128,7 +128,7 @@ def command(config: Config, run: RunFolder, step: int, origin: str | None, optio
 
 
 def side_by_side(config: Config) -> int:
-    """Tasks at a time: all shards where they have nodes of their own, else as many as this one has cores and GPUs for."""
+    """Tasks at a time: all shards where they have nodes of their own, else what this node has cores and GPUs for."""
     if config.phases.run_with:
         return config.phases.shards
     own = config.in_phase("rollouts").resources
@@ -201,8 +201,8 @@ def _at(seconds: float | None, stopped: threading.Event, process: "subprocess.Po
 def _unfinished(config: Config, run: RunFolder, step: int, from_sha256: str | None) -> str | None:
     """Id of the newest inner run of an RS step that can be resumed; None where the step ended well or there is none.
 
-    One that was ended before it knew its place is passed over: what there is to go on from is an older one's. A step that
-    is still to be trained (`from_sha256`) must have been begun from that checkpoint, and have made none, or the one that
+    One that was ended before it knew its place is passed over: what there is to go on from is an older one's. A step
+    that is still to be trained (`from_sha256`) must have been begun from that checkpoint, and have made none: else what
     it made is gone. One that lost more shards than are allowed begins anew, since their tasks ended well for Metaflow.
     """
     from metaflow import Flow, namespace  # type: ignore[attr-defined]

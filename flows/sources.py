@@ -62,7 +62,7 @@ def parse_preset(text: str) -> dict[str, Any]:
     with plain_errors():
         config = parse_config(text)
         values = config.model_dump(mode="json")
-        # A config that a run has found its source by is parsed again when that source may be gone, and is needed no more.
+        # The config of a run that goes on is parsed again, when its source may be gone and is needed no more.
         source = config.resume.from_ if is_found(config) else find_source(config)
         if config.policy.model.startswith(PREFIX):  # an alias may soon be moved
             values["policy"]["model"] = located(config.run.root, config.policy.model, key="policy.model")
