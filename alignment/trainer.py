@@ -101,8 +101,8 @@ class Trainer:
 def load_trainer(config: Config, run: RunFolder, ranks: Ranks, *, updates_only: bool = False) -> Trainer:
     """Policy, moments and progress as the last checkpoint left them, or new from the base.
 
-    `updates_only`: on the devices of `phases.update`, without what is there for rollouts alone. The trainer's config stays
-    the run's, which its checkpoints hold.
+    `updates_only`: on the devices of `phases.update`, without what is there for rollouts alone. The trainer's config
+    stays the run's, which its checkpoints hold.
 
     With another number of workers than the checkpoint's, only the weights go on. Raises CheckpointError for a
     checkpoint that is damaged or of another run.
