@@ -68,16 +68,24 @@ def _check_training(config: "Config", section: TrainingSection | RewardTrainingS
             f"{name}.constant_steps ({section.constant_steps}) end a linear or cosine schedule, and "
             f"{name}.lr_schedule is constant: set {name}.constant_steps=0"
         )
-    if section.offload_optimizer and not (config.resources.gpu and section.zero_stage):
+    own_phase = section is config.training and config.loop.executor == "disaggregated"
+    key, gpu = "resources.gpu", config.resources.gpu
+    if own_phase:
+        key, gpu = "phases.update.gpu", config.in_phase("update").resources.gpu
+    if section.offload_optimizer and not (gpu and section.zero_stage):
         raise ValueError(
             f"{name}.offload_optimizer needs GPUs, whose memory it spares, and DeepSpeed's ZeRO: set "
-            f"resources.gpu >= 1 (now {config.resources.gpu}) and {name}.zero_stage >= 1 "
-            f"(now {section.zero_stage})"
+            f"{key} >= 1 (now {gpu}) and {name}.zero_stage >= 1 (now {section.zero_stage})"
         )
 
 
 def _check_offloading(config: "Config") -> None:
     own = config.training
+    if own.offload_during_rollouts and config.loop.executor == "disaggregated":
+        raise ValueError(
+            "training.offload_during_rollouts has nothing to move with loop.executor=disaggregated, whose rollouts and "
+            "updates are processes of their own: leave it false, or set loop.executor=colocated"
+        )
     if own.offload_during_rollouts and not config.resources.gpu:
         raise ValueError(
             "training.offload_during_rollouts spares a GPU's memory, and on a CPU the state would move from one place "
@@ -139,6 +147,16 @@ def _check_reward_ensemble(config: "Config") -> None:
         )
 
 
+def _check_dtype_of_phases(config: "Config") -> None:
+    gpus = {name: config.in_phase(name).resources.gpu for name in ("rollouts", "update", "validation")}
+    if config.policy.dtype == "auto" and any(gpus.values()) and not all(gpus.values()):
+        asked = ", ".join(f"phases.{name}.gpu={count}" for name, count in gpus.items())
+        raise ValueError(
+            f"policy.dtype (auto) is bfloat16 on GPUs and float32 without, and the phases of an RS step have both "
+            f"({asked}; null means resources.gpu): set policy.dtype to one of the two, or give all three GPUs or none"
+        )
+
+
 def _check_phases(config: "Config") -> None:
     own, loop = config.phases, config.loop
     if loop.executor == "disaggregated" and loop.steps_per_iteration > 1:
@@ -164,6 +182,7 @@ def _check_phases(config: "Config") -> None:
             "one checkpoint together, but under s3:// each has a copy of its own. Set phases.update_nodes=1, or "
             "run.root to a folder that all nodes see"
         )
+    _check_dtype_of_phases(config)
     if own.max_lost_shards >= own.shards:
         raise ValueError(
             f"phases.max_lost_shards ({own.max_lost_shards}) must be < phases.shards ({own.shards}): a step needs "

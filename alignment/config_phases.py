@@ -50,6 +50,7 @@ class PhasesSection(Section):
     rollouts: SamplingPhaseSection = SamplingPhaseSection()
     scoring: ScoringPhaseSection = ScoringPhaseSection()
     update: PhaseSection = PhaseSection()
+    """Its `retries` and `timeout_s` are also those of the preparation, which trains what a run lacks."""
     validation: SamplingPhaseSection = SamplingPhaseSection()
     shards: int = Field(1, ge=1)
     """Tasks that the prompts of an RS step are spread over."""

@@ -139,6 +139,12 @@ def first_id(root: str | Path, run_id: str, resumed_id: str | None) -> str:
     return name
 
 
+def is_found(config: Config) -> bool:
+    """Whether `resume.from` names its run as `find_source` returns it, so that nothing has to be looked up."""
+    name = config.resume.from_ or ""
+    return (is_s3(name) or Path(name).is_absolute()) and Path(name).name != "latest"
+
+
 def find_source(config: Config) -> str | None:
     """The run that `resume.from` names by its id under run.root, its folder or its URI; None without.
 

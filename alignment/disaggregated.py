@@ -21,6 +21,7 @@ from alignment.atomic_files import write_json
 from alignment.config import Config, parse_config
 from alignment.errors import CheckpointError, ConfigError, WorkerError
 from alignment.launch import Gang, run_workers
+from alignment.node_gpus import take_gpu
 from alignment.phase_parts import Plain, rollout, sample, score, scored_rollout
 from alignment.preparation import load_prompt_sets
 from alignment.rollouts import in_prompt_order
@@ -36,14 +37,15 @@ Shard = tuple[Sequence[Mapping[str, Any]], float]
 """Rollouts of a shard, and the seconds that they took."""
 
 
-def begin_step(config: Config, run_path: str | None, run_id: str) -> Plain:
+def begin_step(config: Config, run_path: str | None, run_id: str, resumed_id: str | None = None) -> Plain:
     """Where the RS step after the last checkpoint of `run_path` is; without a path, step 1 of a new run.
 
-    Raises ConfigError where there is no such run, or it has all its steps.
+    A new run that failed here and is resumed (`resumed_id`) keeps its folder. Raises ConfigError where there is no such
+    run, or it has all its steps.
     """
-    from models.checkpoints import last_checkpoint
+    from models.checkpoints import newest_checkpoint
 
-    path = run_path or begin(config, run_id)[0]
+    path = run_path or begin(config, run_id, resumed_id)[0]
     with opened(config, path, writes=False) as run:
         if not run.config.is_file():
             raise ConfigError(f"--run_path ({path}): no run folder; give one that `run` made, or leave the option out")
@@ -51,7 +53,7 @@ def begin_step(config: Config, run_path: str | None, run_id: str) -> Plain:
             raise ConfigError(
                 f"the run {path} was begun with another config: give its own, --config config {path}/config.json"
             )
-        checkpoint, total = last_checkpoint(run.checkpoints), _total_steps(config, run)
+        checkpoint, total = newest_checkpoint(run.checkpoints), _total_steps(config, run)
     done = checkpoint.step if checkpoint else 0
     if done >= total:
         raise ConfigError(
@@ -71,8 +73,9 @@ def prepare_step(config: Config, place: Place) -> None:
     """Make what the step needs and the run lacks: reward model, judge, the validation of the policy it begins with."""
     prepare_scorers(config, place["run_path"])
     with opened(config, place["run_path"]) as run:
+        _check_place(run, place)
         if _validation_missing(config, run, place["step"]):
-            _validate(config, run, _with_scorers(run, place), place["step"] - 1)
+            _validate(config.in_phase("validation"), run, _with_scorers(run, place), place["step"] - 1)
 
 
 def with_scorers(config: Config, place: Place) -> Plain:
@@ -92,6 +95,8 @@ def sample_shard(config: Config, place: Place, shard: int) -> tuple[list[Plain],
     begun = time.monotonic()
     with opened(config, place["run_path"], writes=False) as run:
         _check_place(run, place)
+        if config.resources.gpu and not config.phases.run_with:
+            take_gpu(run.path)
         prompts = _shards(config, run, place["step"])[shard]
         rollouts = sample(
             config,
@@ -118,6 +123,7 @@ def score_shards(config: Config, place: Place, shards: Sequence[Shard | None]) -
     begun, step = time.monotonic(), place["step"]
     found = [shard for shard in shards if shard is not None]
     with opened(config, place["run_path"], writes=False) as run:
+        _check_place(run, place)
         lost = _lost(config, run, step, shards)
         prompts = step_prompts(config, load_prompt_sets(run.path).train, step)
         ordered = in_prompt_order([rollout(r) for rollouts, _ in found for r in rollouts], prompts)
@@ -135,6 +141,7 @@ def select_and_store(config: Config, place: Place, scored: Sequence[Mapping[str,
     rollouts = [scored_rollout(r) for r in scored]
     decisions = decide(config, rollouts)
     with opened(config, place["run_path"]) as run:
+        _check_place(run, place)
         run.write_rollouts(place["step"], rollouts, decisions)
     return [asdict(d) for d in decisions]
 
@@ -155,7 +162,7 @@ def train(
 
 
 def _train(config: Config, run: RunFolder, place: Place, scored: Plain, gang: Gang) -> Checkpoint | None:
-    from models.checkpoints import last_checkpoint
+    from models.checkpoints import newest_checkpoint
 
     step = place["step"]
     _check_place(run, place, or_done=True)
@@ -172,19 +179,23 @@ def _train(config: Config, run: RunFolder, place: Place, scored: Plain, gang: Ga
     )
     if gang.rank:
         return None
-    checkpoint = last_checkpoint(run.checkpoints)
+    checkpoint = newest_checkpoint(run.checkpoints)  # verified by whoever loads it
     if checkpoint is None or checkpoint.step != step:
         raise CheckpointError(f"{run.checkpoints} holds no checkpoint of RS step {step}, which the workers just made")
     todo.unlink(missing_ok=True)  # rollouts/ has it all, and for as long as the run is kept
     return checkpoint
 
 
-def validate(config: Config, place: Place) -> Plain:
-    """The validation of the step's policy, where one is due; returns its means. The run gets the whole record."""
+def validate(config: Config, place: Place, checkpoint: Mapping[str, Any]) -> Plain:
+    """The validation of the step's policy, where one is due; returns its means. The run gets the whole record.
+
+    `checkpoint` is what `train` returned, and must still be the run's newest.
+    """
     step = place["step"]
     with opened(config, place["run_path"]) as run:
         if not config.validates(step, _total_steps(config, run)):
             return {}
+        _check_place(run, place, trained=checkpoint["sha256"])
         recorded = [r for r in run.read_metrics() if r["kind"] == "validation" and r["step"] == step]
         # A repeated task finds its record.
         record = recorded[0] if recorded else _validate(config.in_phase("validation"), run, place, step)
@@ -231,16 +242,21 @@ def _lost(config: Config, run: RunFolder, step: int, shards: Sequence[Shard | No
     return prompts
 
 
-def _check_place(run: RunFolder, place: Place, *, or_done: bool = False) -> None:
-    """Raise CheckpointError where the run no longer stands where the step was begun: its phases must not mix."""
+def _check_place(run: RunFolder, place: Place, *, or_done: bool = False, trained: str | None = None) -> None:
+    """Raise CheckpointError where the run no longer stands where the step was begun: its phases must not mix.
+
+    Or, once the step is trained, where its checkpoint of the digest `trained` is not the run's newest.
+    """
     from models.checkpoints import newest_checkpoint
 
-    newest = newest_checkpoint(run.checkpoints)
-    step, sha256 = (newest.step, newest.sha256) if newest else (0, "")
-    if (step, sha256) != (place["step"] - 1, place["from_sha256"]) and not (or_done and step == place["step"]):
+    newest, step = newest_checkpoint(run.checkpoints), place["step"]
+    found = (newest.step, newest.sha256) if newest else (0, "")
+    expected = (step, trained) if trained else (step - 1, place["from_sha256"])
+    if found != expected and not (or_done and found[0] == step):
         raise CheckpointError(
-            f"RS step {place['step']} was begun from another checkpoint than the newest in {place['run_path']}, that "
-            f"of RS step {step}: something else has gone on with this run meanwhile. Begin the step anew"
+            f"RS step {step} {'made' if trained else 'was begun from'} another checkpoint than the newest in "
+            f"{place['run_path']}, that of RS step {found[0]}: it was removed, or something else has gone on with this "
+            "run meanwhile. Begin the step anew"
         )
 
 

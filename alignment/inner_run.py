@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -22,11 +22,12 @@ from typing import Any
 from alignment.config import Config
 from alignment.errors import CheckpointError, StoppedError, WorkerError
 from alignment.launch import SOURCE_ROOT, stop, worker_environment
-from alignment.lifeline import INTERRUPTED_S
+from alignment.lifeline import interrupt_grace_s
+from alignment.node_gpus import gpu_count
 from alignment.preparation import load_prompt_sets
 from alignment.run_events import listener
 from alignment.run_folder import RunFolder
-from alignment.run_metrics import end_progress
+from alignment.run_metrics import RunProgress, after, end_progress, write_progress
 from alignment.task import time_left, tracker
 from alignment.types import Checkpoint
 from alignment.workspace import opened
@@ -43,14 +44,18 @@ SPLITS = 100
 class _Todo:
     """RS step `step` is to be done, or to be ended, of a run that has `done` of `total` behind it.
 
-    `origin` is the id of an inner run of the step that did not end well, `told` the records from step `done` on.
+    `origin` is the id of an inner run of the step that did not end well.
     """
 
     done: int
     step: int
     total: int
     origin: str | None
-    told: tuple[dict[str, Any], ...]
+
+    @property
+    def is_left(self) -> bool:
+        """Whether an inner run has to do something for the step."""
+        return self.step > self.done or self.origin is not None
 
 
 def iterate(config: Config, run_path: str) -> Checkpoint:
@@ -63,13 +68,18 @@ def iterate(config: Config, run_path: str) -> Checkpoint:
     begun = time.monotonic()
     with opened(config, run_path, writes=False) as run:
         todo = _todo(config, run)
-    if todo.step > todo.done or todo.origin:
-        _run_step(config, run, todo.step, todo.origin)
+        write_progress(run, _progress(run.read_metrics(), todo))
+    if todo.is_left:
+        try:
+            _run_step(config, run, todo.step, todo.origin)
+        except StoppedError:
+            end_progress(run)
+            raise
     with opened(config, run_path) as run, tracker(config, run) as wandb_run:
         listen = listener(run, wandb_run, done=todo.done, total=todo.total)
-        for record in _told(run, todo.done):
-            if record not in todo.told:
-                listen(record)
+        for record in untold(run.read_metrics()):
+            just_done = todo.is_left and record["step"] == todo.step
+            listen(record, time.monotonic() - begun if just_done else None)
         run.append_metrics({"kind": "task", "name": "iterate", "seconds": time.monotonic() - begun, "starting": 0.0})
         if todo.step == todo.total:
             end_progress(run)
@@ -90,7 +100,15 @@ def _todo(config: Config, run: RunFolder) -> _Todo:
     step = done if origin or done == total else done + 1
     if step > done:
         origin = _unfinished(config, run, step, newest.sha256 if newest else "")
-    return _Todo(done, step, total, origin, tuple(_told(run, done)))
+    return _Todo(done, step, total, origin)
+
+
+def _progress(records: Sequence[Mapping[str, Any]], todo: _Todo) -> RunProgress:
+    """Where the run stands as the step begins; the seconds of the last step are those of its whole task."""
+    begun = RunProgress(todo.done, todo.total, time.time())
+    steps = [r for r in records if r["kind"] == "step" and r["step"] <= todo.done]
+    tasks = [r for r in records if _is_task(r)]
+    return after(begun, steps[-1], begun.at, tasks[-1]["seconds"] if tasks else None) if steps else begun
 
 
 def command(config: Config, run: RunFolder, step: int, origin: str | None, options: Sequence[str]) -> list[str]:
@@ -110,10 +128,12 @@ def command(config: Config, run: RunFolder, step: int, origin: str | None, optio
 
 
 def side_by_side(config: Config) -> int:
-    """Tasks at a time: all shards where they have nodes of their own, else as many as this node has cores for."""
+    """Tasks at a time: all shards where they have nodes of their own, else what this node has cores and GPUs for."""
     if config.phases.run_with:
         return config.phases.shards
-    return max(1, len(os.sched_getaffinity(0)) // config.in_phase("rollouts").resources.cpu)
+    own = config.in_phase("rollouts").resources
+    by_cores = len(os.sched_getaffinity(0)) // own.cpu
+    return max(1, min(by_cores, gpu_count() // own.gpu) if own.gpu else by_cores)
 
 
 def inherited(words: Sequence[str]) -> list[str]:
@@ -128,8 +148,9 @@ def _run_step(config: Config, run: RunFolder, step: int, origin: str | None) -> 
     if left is not None and left <= 0:
         raise StoppedError(_over(step))
     environment = {key: value for key, value in worker_environment().items() if key != "METAFLOW_FLOW_CONFIG_VALUE"}
+    words = command(config, run, step, origin, inherited(sys.argv))
     process = subprocess.Popen(
-        command(config, run, step, origin, inherited(sys.argv)),
+        words,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -146,7 +167,7 @@ def _run_step(config: Config, run: RunFolder, step: int, origin: str | None) -> 
                 sys.stdout.flush()
             status = process.wait()
     finally:
-        stop(process, INTERRUPTED_S)
+        stop(process, interrupt_grace_s(words))
     if stopped.is_set():
         raise StoppedError(_over(step))
     if status:
@@ -178,10 +199,11 @@ def _at(seconds: float | None, stopped: threading.Event, process: "subprocess.Po
 
 
 def _unfinished(config: Config, run: RunFolder, step: int, from_sha256: str | None) -> str | None:
-    """Id of the newest inner run of an RS step, where it can be resumed; None where it ended well or there is none.
+    """Id of the newest inner run of an RS step that can be resumed; None where the step ended well or there is none.
 
-    A step that is still to be trained must have been begun from the checkpoint `from_sha256`, and one that lost more
-    shards than are allowed begins anew, since their tasks ended well for Metaflow.
+    One that was ended before it knew its place is passed over: what there is to go on from is an older one's. A step
+    that is still to be trained (`from_sha256`) must have been begun from that checkpoint, and have made none: else what
+    it made is gone. One that lost more shards than are allowed begins anew, since their tasks ended well for Metaflow.
     """
     from metaflow import Flow, namespace  # type: ignore[attr-defined]
     from metaflow.exception import MetaflowNotFound
@@ -191,15 +213,21 @@ def _unfinished(config: Config, run: RunFolder, step: int, from_sha256: str | No
         runs = list(Flow(FLOW).runs(*_tags(run, step)))  # type: ignore[no-untyped-call]
     except MetaflowNotFound:
         return None
-    newest = max(runs, key=lambda one: one.created_at, default=None)
-    if newest is None or newest.finished:
-        return None
-    if from_sha256 is not None:
-        begun = _artifact(newest, "start", "place")
-        if begun is None or begun["from_sha256"] != from_sha256:
+    for one in sorted(runs, key=lambda one: one.created_at, reverse=True):
+        if one.finished:
             return None
-    lost = [task for task in _tasks(newest, "rollouts") if task.finished and "lost" in task and task["lost"].data]
-    return None if len(lost) > config.phases.max_lost_shards else str(newest.id)
+        if _fits(one, step, from_sha256):
+            lost = [task for task in _tasks(one, "rollouts") if task.finished and "lost" in task and task["lost"].data]
+            return None if len(lost) > config.phases.max_lost_shards else str(one.id)
+    return None
+
+
+def _fits(inner: Any, step: int, from_sha256: str | None) -> bool:
+    place = _artifact(inner, "start", "place")
+    if place is None or place["step"] != step:
+        return False
+    trained = any(task.finished for task in _tasks(inner, "update"))
+    return from_sha256 is None or (place["from_sha256"] == from_sha256 and not trained)
 
 
 def _artifact(inner: Any, step: str, name: str) -> Any:
@@ -215,9 +243,17 @@ def _tags(run: RunFolder, step: int) -> tuple[str, str]:
     return f"parent:{run.path.name}", f"iteration:{step}"
 
 
-def _told(run: RunFolder, since: int) -> list[dict[str, Any]]:
-    """The records from RS step `since` on that whoever follows the run is told of."""
-    return [r for r in run.read_metrics() if r["kind"] in ("step", "validation") and r["step"] >= since]
+def untold(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a run's records those that whoever follows it has not been told of: the task that tells writes its own last.
+
+    Another run's, which came with `resume.from`, were told there.
+    """
+    last = max((i for i, record in enumerate(records) if _is_task(record)), default=-1)
+    return [r for r in records[last + 1 :] if r["kind"] in ("step", "validation") and "run_id" not in r]
+
+
+def _is_task(record: Mapping[str, Any]) -> bool:
+    return record["kind"] == "task" and record["name"] == "iterate"
 
 
 def _over(step: int) -> str:

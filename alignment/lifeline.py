@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 ORPHANED = 113
 """Exit status of a process that ended because its owner was gone or its grace time over."""
@@ -21,7 +21,9 @@ ORPHANED = 113
 OVERTIME = 114
 """Exit status of a process that ended because it took too long."""
 INTERRUPTED_S = 20.0
-"""Seconds that a group of processes gets to end after an interrupt."""
+"""Seconds that a scheduler and its tasks on this node get to end after an interrupt."""
+ELSEWHERE_S = 120.0
+"""The same for a scheduler that has to ask a cluster for the end of each task."""
 
 
 class StopRequested(Exception):
@@ -81,7 +83,12 @@ def end_with_parent(poll_s: float = 0.5) -> None:
     threading.Thread(target=watch, name="lifeline", daemon=True).start()
 
 
-def interrupt_with_stdin() -> None:
+def interrupt_grace_s(command: Sequence[str]) -> float:
+    """Seconds that a scheduler with this command line gets to end in order; `--with` is where its tasks run."""
+    return ELSEWHERE_S if "--with" in command else INTERRUPTED_S
+
+
+def interrupt_with_stdin(grace_s: float = INTERRUPTED_S) -> None:
     """From now on, interrupt this process and its group as Ctrl-C does once its standard input ends, later by force.
 
     For a scheduler, which has to end tasks that may run elsewhere; it must lead a session of its own.
@@ -89,7 +96,7 @@ def interrupt_with_stdin() -> None:
 
     def interrupt() -> None:
         os.killpg(os.getpgrp(), signal.SIGINT)
-        time.sleep(INTERRUPTED_S)
+        time.sleep(grace_s)
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
     _when_stdin_ends(interrupt)

@@ -144,12 +144,13 @@ class ProgressLines:
         self._shown_at = clock()
         self._step_ended_at: float | None = None
 
-    def update(self, event: Mapping[str, Any]) -> None:
-        """Takes one event and shows what has changed."""
+    def update(self, event: Mapping[str, Any], step_seconds: float | None = None) -> None:
+        """Takes one event and shows what has changed; `step_seconds` where the clock here cannot tell them."""
         now = self._clock()
         kind = event.get("kind")
-        started = self._step_ended_at
-        self.state = advance(self.state, event, None if started is None else now - started)
+        if step_seconds is None and self._step_ended_at is not None:
+            step_seconds = now - self._step_ended_at
+        self.state = advance(self.state, event, step_seconds)
         if kind == "step":
             self._step_ended_at = now
         if kind == "note":

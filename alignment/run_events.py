@@ -3,8 +3,8 @@ and where the run lives, if its folder is a copy.
 """
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from alignment.over_optimisation import newest_alarms
 from alignment.progress import ProgressLines
@@ -13,15 +13,22 @@ from alignment.run_metrics import RunProgress, after, write_progress
 from alignment.tracking import Tracker
 
 
-def listener(run: RunFolder, wandb_run: Tracker, *, done: int, total: int) -> Callable[[Mapping[str, Any]], None]:
+class Listener(Protocol):
+    """Takes each event of a run."""
+
+    def __call__(self, event: Mapping[str, Any], step_seconds: float | None = None) -> None:
+        """`step_seconds`: how long a finished RS step took, where it is not told as it ends."""
+
+
+def listener(run: RunFolder, wandb_run: Tracker, *, done: int, total: int) -> Listener:
     """What takes each event of a run as it comes, of which `done` RS steps of `total` are behind it."""
     lines, shown = ProgressLines(total), RunProgress(done, total, time.time())
     write_progress(run, shown)
 
-    def listen(event: Mapping[str, Any]) -> None:
+    def listen(event: Mapping[str, Any], step_seconds: float | None = None) -> None:
         nonlocal shown
-        lines.update(event)
-        before, shown = shown, after(shown, event, time.time())
+        lines.update(event, step_seconds)
+        before, shown = shown, after(shown, event, time.time(), step_seconds)
         if shown is not before:
             write_progress(run, shown)
         if event["kind"] in ("step", "validation", "checkpoint"):

@@ -37,8 +37,13 @@ class RunProgress:
     selected_reward_mean: float | None = None
 
 
-def after(progress: RunProgress, event: Mapping[str, Any], now: float) -> RunProgress:
-    """The progress after a worker's event; one that is no progress (a phase, a note) changes nothing."""
+def after(
+    progress: RunProgress, event: Mapping[str, Any], now: float, step_seconds: float | None = None
+) -> RunProgress:
+    """The progress after a worker's event; one that is no progress (a phase, a note) changes nothing.
+
+    `step_seconds` is how long a finished step took by the clock; without, its phases make it up.
+    """
     kind = event["kind"]
     if kind in ("ready", "validation"):
         return replace(progress, at=now)
@@ -47,7 +52,7 @@ def after(progress: RunProgress, event: Mapping[str, Any], now: float) -> RunPro
             event["step"],
             progress.total_steps,
             now,
-            sum(event["seconds"].values()),
+            sum(event["seconds"].values()) if step_seconds is None else step_seconds,
             event["reward_mean"],
             event["selected_reward_mean"],
         )

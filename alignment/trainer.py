@@ -98,8 +98,11 @@ class Trainer:
             torch.distributed.barrier()
 
 
-def load_trainer(config: Config, run: RunFolder, ranks: Ranks) -> Trainer:
+def load_trainer(config: Config, run: RunFolder, ranks: Ranks, *, updates_only: bool = False) -> Trainer:
     """Policy, moments and progress as the last checkpoint left them, or new from the base.
+
+    `updates_only`: on the devices of `phases.update`, without what is there for rollouts alone. The trainer's config
+    stays the run's, which its checkpoints hold.
 
     With another number of workers than the checkpoint's, only the weights go on. Raises CheckpointError for a
     checkpoint that is damaged or of another run.
@@ -111,13 +114,14 @@ def load_trainer(config: Config, run: RunFolder, ranks: Ranks) -> Trainer:
         check_own(config, run, Path(checkpoint.uri))
     base_source = base_folder(config)
     source = checkpoint.uri if checkpoint else base_source
-    policy = load(config, source)
-    engine = policy_engine(config, policy, base_source, checkpoint, ranks.world_size)
+    placed = config.in_phase("update") if updates_only else config
+    policy = load(placed, source)
+    engine = policy_engine(placed, policy, base_source, checkpoint, ranks.world_size)
     lost_moments = _lost_moments(manifest, config, ranks)
     if checkpoint and not lost_moments:
         restore_optimizer(engine, read_optimizer_state(Path(checkpoint.uri), ranks.rank))
     engine.eval()
-    hosted = hosted_optimizer(engine, config.training)
+    hosted = None if updates_only else hosted_optimizer(engine, config.training)
     if hosted:
         hosted.put_away()
     return Trainer(
@@ -132,7 +136,7 @@ def load_trainer(config: Config, run: RunFolder, ranks: Ranks) -> Trainer:
         lost_moments=lost_moments,
         demonstrations=load_mix_in(config, run.path),
         base={} if checkpoint else describe_base(config.policy.model, source, policy.model.config),
-        sampler=load_engine(config, source),
+        sampler=None if updates_only else load_engine(config, source),
         hosted=hosted,
     )
 

@@ -28,14 +28,15 @@ def main() -> None:
     run = RunFolder(Path(options.folder))
     end_with_stdin()
     with reported_errors():
-        config = parse_config(run.config.read_text()).in_phase("update")
+        config = parse_config(run.config.read_text())
         # The workers of a task that was ended may not have ended yet.
         with sole_writer(run, wait_s=config.loop.stop_grace_s):
             from alignment.engine import start_ranks
             from alignment.trainer import load_trainer
 
-            ranks = start_ranks(threads=config.resources.threads, gpu=config.resources.gpu > 0)
-            trainer = load_trainer(config, run, ranks)
+            own = config.in_phase("update").resources
+            ranks = start_ranks(threads=own.threads, gpu=own.gpu > 0)
+            trainer = load_trainer(config, run, ranks, updates_only=True)
             if trainer.start == options.step - 1:
                 _train(trainer, options.step, json.loads(Path(options.scored).read_text()))
             elif trainer.start != options.step:  # else a task that was repeated: it has been done

@@ -35,6 +35,17 @@ def phase(name):
     return decorated
 
 
+def preparing(function):
+    """@resources, @retry and @timeout of the preparation: it trains, for as long as an update may, and validates."""
+
+    def of(key):
+        return config_expr(f"max(typed(config).{key}, typed(config).in_phase('validation').{key})")
+
+    asked = {key: of(f"resources.{key}") for key in ("gpu", "cpu", "memory")}
+    limited = timeout(seconds=config_expr("config.phases['update'].timeout_s"))(function)
+    return resources(**asked)(retry(times=config_expr("config.phases['update'].retries"))(limited))
+
+
 class may_be_lost(StepMutator):
     """@catch where phases.max_lost_shards lets a step go on without some shards; else a lost one can be resumed."""
 
@@ -61,26 +72,29 @@ class RSIterationFlow(FlowSpec):
     config = Config("config", default=DEFAULT_PRESET, parser=parse_preset, help=CONFIG_HELP)
     run_path = Parameter("run_path", default="", help="run folder to go on with; empty begins a new one")
 
+    @retry(times=1)
     @step
     def start(self):
         """Find or begin the run; name the step to do."""
         from alignment.disaggregated import begin_step, lacks_nothing
 
         with task():
-            self.place = begin_step(typed(self.config), self.run_path or None, current.run_id)
+            ids = current.run_id, current.origin_run_id
+            self.place = begin_step(typed(self.config), self.run_path or None, *ids)
             self.ready = "yes" if lacks_nothing(typed(self.config), self.place) else "no"
         self.next({"yes": self.sharding, "no": self.preparation}, condition="ready")
 
-    @resources(**{key: config_expr(f"config.resources.{key}") for key in ("gpu", "cpu", "memory")})
+    @preparing
     @step
     def preparation(self):
         """Make what the run lacks: reward model, judge, the validation of the policy that the step begins with."""
         from alignment.disaggregated import prepare_step
 
-        with task():
+        with task(self.config.phases["update"].timeout_s):
             prepare_step(typed(self.config), self.place)
         self.next(self.sharding)
 
+    @retry(times=1)
     @step
     def sharding(self):
         """Name the shards and who scores them."""
@@ -113,6 +127,7 @@ class RSIterationFlow(FlowSpec):
             self.scored = score_shards(typed(self.config), self.place, shards)
         self.next(self.selection)
 
+    @retry(times=1)
     @step
     def selection(self):
         """Decide which rollouts are kept, and why."""
@@ -145,9 +160,10 @@ class RSIterationFlow(FlowSpec):
         self.merge_artifacts(inputs, include=["place"])
         self.checkpoint = next(node.checkpoint for node in inputs if node.checkpoint)
         with task(self.config.phases.validation.timeout_s):
-            self.validated = validate(typed(self.config), self.place)
+            self.validated = validate(typed(self.config), self.place, self.checkpoint)
         self.next(self.end)
 
+    @retry(times=1)
     @step
     def end(self):
         """Say how it went."""

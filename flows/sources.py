@@ -56,12 +56,14 @@ if "METAFLOW_USER" not in os.environ:
 def parse_preset(text: str) -> dict[str, Any]:
     """Metaflow's parser for the `config` option: YAML or JSON text to a checked, complete, plain dict."""
     from alignment.config import parse_config
-    from alignment.continuation import find_source
+    from alignment.continuation import find_source, is_found
     from models.registry import PREFIX, located
 
     with plain_errors():
         config = parse_config(text)
-        values, source = config.model_dump(mode="json"), find_source(config)
+        values = config.model_dump(mode="json")
+        # The config of a run that goes on is parsed again, when its source may be gone and is needed no more.
+        source = config.resume.from_ if is_found(config) else find_source(config)
         if config.policy.model.startswith(PREFIX):  # an alias may soon be moved
             values["policy"]["model"] = located(config.run.root, config.policy.model, key="policy.model")
     if source is not None:  # `latest` will soon be another run
@@ -168,11 +170,11 @@ def fold_overrides(arguments: Sequence[str]) -> list[str]:
 
 def main(flow: Callable[[], object]) -> None:
     """Run a flow's command line."""
-    from alignment.lifeline import interrupt_with_stdin
+    from alignment.lifeline import interrupt_grace_s, interrupt_with_stdin
 
     if WATCH_STDIN in sys.argv:
         sys.argv.remove(WATCH_STDIN)
-        interrupt_with_stdin()
+        interrupt_with_stdin(interrupt_grace_s(sys.argv))
     # Metaflow starts the nodes of a local gang as `python`, which without an activated environment is another one.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     os.environ.setdefault("RS_COMMAND_STARTED", str(time.time()))  # what loop.max_time_per_run counts from

@@ -17,6 +17,7 @@ from alignment.errors import ConfigError
 from flow_runs import ROOT, SMOKE, Place
 
 VLLM = ("rollouts.engine=vllm", "resources.gpu=2")
+DISAGGREGATED = ("loop.executor=disaggregated", "loop.steps_per_iteration=1")
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -213,6 +214,26 @@ def test_each_bad_value_is_one_line_with_key_value_and_remedy() -> None:
             "that all nodes see",
         ),
         (
+            ["phases.update.gpu=8", "phases.validation.gpu=1"],
+            "policy.dtype (auto) is bfloat16 on GPUs and float32 without, and the phases of an RS step have both "
+            "(phases.rollouts.gpu=0, phases.update.gpu=8, phases.validation.gpu=1; null means resources.gpu): set "
+            "policy.dtype to one of the two, or give all three GPUs or none",
+        ),
+        (
+            [*DISAGGREGATED, "resources.gpu=1", "training.offload_during_rollouts=true"],
+            "training.offload_during_rollouts has nothing to move with loop.executor=disaggregated, whose rollouts and "
+            "updates are processes of their own: leave it false, or set loop.executor=colocated",
+        ),
+        (
+            [
+                *DISAGGREGATED,
+                *("resources.gpu=1", "phases.update.gpu=0", "policy.dtype=float32"),
+                *("training.offload_optimizer=true", "training.zero_stage=1"),
+            ],
+            "training.offload_optimizer needs GPUs, whose memory it spares, and DeepSpeed's ZeRO: set "
+            "phases.update.gpu >= 1 (now 0) and training.zero_stage >= 1 (now 1)",
+        ),
+        (
             ["phases.shards=2", "phases.max_lost_shards=2"],
             "phases.max_lost_shards (2) must be < phases.shards (2): a step needs rollouts of one at least; lower the "
             "first or raise the second",
@@ -242,7 +263,9 @@ def test_a_phase_has_the_resources_of_all_steps_but_for_its_own() -> None:
     asked = [config.in_phase(name).resources for name in ("rollouts", "scoring", "update", "validation")]
     assert [(r.gpu, r.cpu, r.memory) for r in asked] == [(1, 1, 4000), (0, 1, 4000), (8, 9, 4000), (1, 1, 7000)]
     assert config.in_phase("update").num_workers == 8
-    own = load_config(SMOKE, ["phases.update.gpu=2", "phases.scoring.cpu=2", "phases.rollouts.gpu=0"])
+    own = load_config(
+        SMOKE, ["phases.update.gpu=2", "phases.scoring.cpu=2", "phases.rollouts.gpu=0", "policy.dtype=float32"]
+    )
     assert [own.in_phase(name).resources.gpu for name in ("rollouts", "scoring", "update")] == [0, 0, 2]
 
 
@@ -357,6 +380,7 @@ NO_VALIDATION = ("sft.validation=null",)
 IN_S3 = ("run.root=s3://bucket/runs",)
 RUN = ("evaluation.model=tiny",)
 TASKS = ("evaluation.lm_eval_tasks=[colours]",)
+ONE_DTYPE = ("policy.dtype=float32",)  # a phase on a GPU beside others without would have another
 # {root} and {port} stand for the folder of the runs and a free port.
 EFFECTS = {
     "seed": Effect(1, see.column("prompt_id")),
@@ -512,7 +536,7 @@ EFFECTS = {
     ),
     "loop.executor": Effect("disaggregated", phases.executor, "inner_run", ("loop.steps_per_iteration=1",)),
     **{
-        f"phases.{phase}.{field}": Effect(value, phases.asked(phase, decorator, attribute), value)
+        f"phases.{phase}.{field}": Effect(value, phases.asked(phase, decorator, attribute), value, ONE_DTYPE)
         for phase in ("rollouts", "scoring", "update", "validation")
         for field, value, decorator, attribute in (
             ("gpu", 1, "resources", "gpu"),
