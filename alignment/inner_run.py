@@ -253,7 +253,7 @@ def untold(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _is_task(record: Mapping[str, Any]) -> bool:
-    return record["kind"] == "task" and record["name"] == "iterate"
+    return (record["kind"], record.get("name")) == ("task", "iterate")
 
 
 def _over(step: int) -> str:
