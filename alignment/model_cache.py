@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +32,11 @@ from alignment.s3_objects import list_objects
 
 @dataclass(frozen=True)
 class _Entry:
-    """One folder of the cache; `used` is Unix time."""
+    """One folder of the cache; `used` is when, in ns of Unix time."""
 
     key: str
     bytes: int
-    used: float
+    used: int
 
 
 def cache_root() -> Path:
@@ -67,7 +68,8 @@ def cached_folder(
             if not content.is_dir():
                 _fetch(root, key, uri, sha256, limit_bytes, on_note)
             # An exclusive lock becomes a shared one with a gap in between, in which the folder may go: look again.
-        os.utime(content.parent / "entry.json")
+        now = time.time_ns()  # the kernel's own stamps are some milliseconds coarse, so that uses in a row would tie
+        os.utime(content.parent / "entry.json", ns=(now, now))
         yield content
 
 
@@ -122,7 +124,7 @@ def _entries(root: Path) -> list[_Entry]:
     for path in (root / "folders").glob("*/entry.json"):
         with contextlib.suppress(FileNotFoundError):  # removed by another process just now
             size = json.loads(path.read_text())["bytes"]
-            found.append(_Entry(path.parent.name, size, path.stat().st_mtime))
+            found.append(_Entry(path.parent.name, size, path.stat().st_mtime_ns))
     return found
 
 
