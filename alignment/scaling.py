@@ -36,7 +36,7 @@ HEADER = (
         "weights s",
         "saving, starting s",
     ),
-    *("step s", "hours", "GPU-hours", "efficiency", "idle", "weights moved, GB", "longest"),
+    *("step s", "hours", "GPU-hours", "efficiency", "idle", "weights in, GB a step", "longest"),
 )
 
 
@@ -74,13 +74,14 @@ def told(inputs: Inputs, executor: str, rows: Sequence[Estimate | str]) -> str:
             f"perfect: {_short(made[0].ideal_gpu_hours)} GPU-hours"
         )
         lines += ["", _row(HEADER), _row(["---"] * len(HEADER)), *(_row(cells(row)) for row in made)]
-    for row in made:
-        if row.idle_rollouts >= 0.5:
-            lines += [
-                "",
-                f"From {row.plan.gpus} GPUs on, half of the workers or more get no prompt: raise shape.prompts.",
-            ]
-            break
+    starved = next((row for row in made if row.idle_rollouts >= 0.5), None)
+    if starved:
+        text = "half of the workers or more get no prompt: raise shape.prompts."
+        lines += ["", f"From {starved.plan.gpus} GPUs on, {text}"]
+    untrained = next((row for row in made if row.idle_update >= 0.5), None)
+    if untrained:
+        text = "half of the ranks' places or more train on nothing: raise shape.prompts and shape.global_batch_size."
+        lines += ["", f"From {untrained.plan.update_gpus} GPUs that train on, {text}"]
     return "\n".join([*lines, *(f"\n{row}" for row in rows if isinstance(row, str))])
 
 
@@ -113,8 +114,8 @@ def settings(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     import yaml
 
     try:
-        found = yaml.safe_load(options.costs.read_text()) if options.costs else {}
-    except (OSError, yaml.YAMLError) as error:
+        found = yaml.safe_load(options.costs.read_text(encoding="utf-8")) if options.costs else {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--costs ({options.costs}): {error}") from error
     if not isinstance(found, dict) or not all(isinstance(part, dict) for part in found.values()):
         raise ConfigError(f"--costs ({options.costs}): write sections of fields, e.g. costs: {{update_share: 0.4}}")
@@ -136,11 +137,14 @@ def main() -> int:
     options = _parser().parse_args()
     try:
         chosen = settings(options)
+        plan = chosen.get("plan", {})
         inputs = [Inputs(MODELS[name], Hardware(), Costs(), Shape()) for name in options.model or MODELS]
         if options.from_run:
-            inputs = [from_run(options.from_run, inputs[0])]
+            known = {section: values for section, values in chosen.items() if section in ("hardware", "costs")}
+            measured, own = from_run(options.from_run, overridden(inputs[0], known))
+            inputs, plan = [measured], {**own, **plan}
         made = {
-            (one.model.name, executor): (one, estimates(one, options.gpus, executor, chosen.get("plan", {})))
+            (one.model.name, executor): (one, estimates(one, options.gpus, executor, plan))
             for one in (overridden(each, chosen) for each in inputs)
             for executor in options.executor
         }

@@ -7,13 +7,13 @@ sends, validations and the evaluation, queues of the cluster, and what DeepSpeed
 
 import math
 
-from alignment.errors import ConfigError
-from alignment.scaling_types import ADAM, BF16, Case, Estimate, Hardware, Memory, Model
+from alignment.scaling_memory import memory, rows_at_once, zero_stage
+from alignment.scaling_types import ADAM, Case, Estimate, Memory
 
-STATE = 2 * BF16 + ADAM
-"""Weights, gradients and AdamW: 16 bytes a parameter (Rajbhandari et al., ZeRO, 2020, section 3.1)."""
 BUCKET = 5e8
 """Numbers that DeepSpeed reduces or gathers at a time under ZeRO 2: its default, reduce_bucket_size."""
+SUMS = 2
+"""Times that a checkpoint's writer sums it: for its manifest, and before an older checkpoint is removed."""
 
 
 def estimate(case: Case) -> Estimate:
@@ -37,67 +37,8 @@ def estimate(case: Case) -> Estimate:
         failures=failures,
         rollout_bytes=shape.steps * shape.rollouts * shape.response_tokens * case.costs.response_token_bytes,
         checkpoint_bytes=saves * case.model.checkpoint,
-        weight_bytes=case.model.weights * (case.workers if plan.colocated else plan.shards),
+        weight_bytes=weight_bytes(case, held),
     )
-
-
-def training_state(parameters: float, stage: int, ranks: int) -> float:
-    """Bytes of weights, gradients and AdamW on each of `ranks` under a ZeRO stage, 0 to 3 (ZeRO, figure 1)."""
-    sharded = {0: 0, 1: ADAM, 2: ADAM + BF16, 3: STATE}[stage]
-    return (STATE - sharded) * parameters + sharded * parameters / ranks
-
-
-def activations(model: Model, tokens: float, *, recompute: bool) -> float:
-    """Bytes that a forward pass keeps for `tokens`: 34 times the hidden size a layer, attention's own maps not kept.
-
-    Korthikanti et al., Reducing Activation Recomputation, 2022, equation 2. With `recompute`, each layer's input
-    and one layer.
-    """
-    layer = 34 * model.hidden * tokens
-    return model.layers * BF16 * model.hidden * tokens + layer if recompute else model.layers * layer
-
-
-def gpus_per_copy(model: Model, hardware: Hardware) -> int:
-    """The fewest GPUs of a node, a power of two, of whose memory the weights take a quarter at most."""
-    gpus = 1
-    while gpus < hardware.node and model.weights / gpus > hardware.memory / 4:
-        gpus *= 2
-    return gpus
-
-
-def memory(case: Case) -> Memory:
-    """How the GPUs that train hold it all, and sample too where colocated. Raises ConfigError where they cannot.
-
-    ZeRO 2 samples from the weights it trains; ZeRO 3 from a copy, which on one GPU makes it the larger of the two.
-    So ZeRO 3 is for models whose copy takes several GPUs.
-    """
-    model, shape, plan = case.model, case.shape, case.plan
-    stage = 2 if plan.tensor_parallel == 1 else 3
-    copy = model.weights / plan.tensor_parallel
-    state = training_state(model.parameters, stage, plan.update_gpus)
-    beside = state + (copy if stage == 3 else 0.0) if plan.colocated else copy
-    cache = case.usable - beside
-    if not rows_at_once(case, cache):
-        raise ConfigError(
-            f"{plan.gpus} GPUs: {model.name} leaves {max(0.0, cache) / 1e9:.0f} of {case.usable / 1e9:.0f} GB on each "
-            f"for keys and values: take more GPUs, or a larger plan.tensor_parallel (now {plan.tensor_parallel})"
-        )
-    tokens = shape.micro_batch_size * (shape.prompt_tokens + shape.max_new_tokens)
-    training = state + (copy if stage == 3 and plan.colocated else 0.0)
-    for recompute in (False, True):
-        kept = activations(model, tokens, recompute=recompute)
-        if training + kept <= case.usable:
-            return Memory(stage, recompute, state, training - state, kept, cache)
-    raise ConfigError(
-        f"{plan.update_gpus} GPUs: to train {model.name} each would hold {(training + kept) / 1e9:.0f} GB of "
-        f"{case.usable / 1e9:.0f}: take more GPUs, or a smaller shape.micro_batch_size (now {shape.micro_batch_size})"
-    )
-
-
-def rows_at_once(case: Case, cache: float) -> int:
-    """Responses whose keys and values fit in `cache` bytes on each of a copy's GPUs; samples share their prompt's."""
-    row = case.model.kv_bytes * (case.shape.max_new_tokens + case.shape.prompt_tokens / case.shape.samples)
-    return max(0, int(cache * case.plan.tensor_parallel / row))
 
 
 def expected_slowest(workers: int, spread: float) -> float:
@@ -165,28 +106,39 @@ def waiting(scoring_s: float, rollouts_s: float, waves: float) -> float:
     return max(scoring_s - rollouts_s * (1 - 1 / waves), scoring_s / waves)
 
 
+def micro_batches(case: Case) -> int:
+    """Of an optimizer step on each rank: those of a whole global batch, fillers where fewer responses are there."""
+    return math.ceil(case.shape.global_batch_size / (case.shape.micro_batch_size * case.plan.update_gpus))
+
+
 def update_slots(case: Case) -> tuple[int, int]:
-    """Optimizer steps of an RS step, and the responses of each on the rank that has most."""
+    """Optimizer steps of an RS step, and the responses of each on the rank that has most; a filler counts as one."""
     batch = min(case.shape.global_batch_size, case.shape.selected)
-    return math.ceil(case.shape.selected / case.shape.global_batch_size), math.ceil(batch / case.plan.update_gpus)
+    each = max(math.ceil(batch / case.plan.update_gpus), micro_batches(case))
+    return math.ceil(case.shape.selected / case.shape.global_batch_size), each
 
 
 def update(case: Case, held: Memory) -> tuple[float, float]:
-    """Seconds of arithmetic and of communication; every rank takes as many micro-batches as the fullest.
-
-    Under ZeRO 2 gradients are scattered and new weights gathered once per optimizer step, under ZeRO 3 weights are
-    gathered twice and gradients scattered once per micro-batch (ZeRO, section 7).
-    """
-    model, ranks = case.model, case.plan.update_gpus
+    """Seconds of arithmetic and of communication; every rank takes as many micro-batches as the fullest."""
     optimizer_steps, each = update_slots(case)
-    flop = (8 if held.recompute else 6) * model.parameters
+    flop = (8 if held.recompute else 6) * case.model.parameters
     rate = case.costs.update_tokens_per_s or case.hardware.flops * case.costs.update_share / flop
-    if held.zero_stage == 3:
-        often, times, cuts = math.ceil(each / case.shape.micro_batch_size), 3, model.layers
+    return optimizer_steps * each * case.shape.sequence / rate, update_network(case)
+
+
+def update_network(case: Case) -> float:
+    """Seconds of an RS step's collectives between the ranks that train.
+
+    Under ZeRO 3 weights are gathered twice and gradients scattered once per micro-batch (ZeRO, section 7). Under ZeRO 2
+    DeepSpeed scatters gradients at each micro-batch's backward pass too, and gathers weights once per optimizer step.
+    """
+    model, often = case.model, micro_batches(case)
+    if zero_stage(case) == 3:
+        times, cuts = 3 * often, model.layers
     else:
-        often, times, cuts = 1, 2, math.ceil(model.parameters / BUCKET)
-    network = often * ring_seconds(case, times * model.weights, ranks, times * cuts)
-    return optimizer_steps * each * case.shape.sequence / rate, optimizer_steps * network
+        times, cuts = often + 1, math.ceil(model.parameters / BUCKET)
+    network = ring_seconds(case, times * model.weights, case.plan.update_gpus, times * cuts)
+    return update_slots(case)[0] * network
 
 
 def phases(case: Case, held: Memory) -> tuple[dict[str, float], float, float]:
@@ -201,19 +153,38 @@ def phases(case: Case, held: Memory) -> tuple[dict[str, float], float, float]:
     parts = {f"rollouts: {limit}": sampled, "update: arithmetic": arithmetic, "update: network": network}
     if plan.colocated:
         loaded = loading(case, nodes)
-        copied = ring_seconds(case, held.copy, plan.gpus, case.model.layers) if held.copy else 0.0
         parts["scoring"] = waiting(scored, sampled, waves(case, held.cache))
-        parts["weights"] = copied + loaded / shape.steps_per_iteration
+        parts["weights"] = copying(case, held) + loaded / shape.steps_per_iteration
         parts["checkpoints"] = saved / shape.save_interval
         parts["starting"] = (costs.task_seconds + costs.worker_seconds) / shape.steps_per_iteration
         step = sum(parts.values())
         return parts, plan.gpus * step, shape.save_interval / 2 * step + costs.worker_seconds + loaded
-    loads = loading(case, min(nodes, plan.shards)), loading(case, case.nodes(plan.update_gpus))
+    loads = loading(case, nodes), loading(case, case.nodes(plan.update_gpus))
     parts |= {"scoring": scored, "weights": sum(loads), "checkpoints": saved, "starting": costs.disaggregated_seconds}
     starting = costs.disaggregated_seconds / 2  # of each phase that holds GPUs
     gpu_seconds = plan.gpus * (sampled + loads[0] + starting)
     gpu_seconds += plan.update_gpus * (arithmetic + network + loads[1] + saved + starting)
     return parts, gpu_seconds, sum(parts.values()) / 2
+
+
+def copying(case: Case, held: Memory) -> float:
+    """Seconds until ZeRO 3's new weights are in the copies to sample from.
+
+    Each GPU of a copy takes in its part, so that a node takes in all of the weights where other nodes hold some.
+    """
+    if not held.copy:
+        return 0.0
+    taken_in = held.copy if case.nodes(case.plan.gpus) == 1 else case.model.weights
+    return ring_seconds(case, taken_in, case.plan.gpus, case.model.layers)
+
+
+def weight_bytes(case: Case, held: Memory) -> float:
+    """Bytes that all nodes take in for an RS step; of `copying` what comes from other nodes, each holding a share."""
+    plan, model, nodes = case.plan, case.model, case.nodes(case.plan.gpus)
+    if not plan.colocated:
+        return (nodes + case.nodes(plan.update_gpus)) * model.checkpoint
+    copied = (nodes - 1) * model.weights if held.copy else 0.0
+    return nodes * model.checkpoint / case.shape.steps_per_iteration + copied
 
 
 def loading(case: Case, nodes: int) -> float:
@@ -223,10 +194,15 @@ def loading(case: Case, nodes: int) -> float:
 
 
 def saving(case: Case) -> float:
-    """Seconds of a checkpoint: one node writes the weights, all their AdamW state, then one process sums it all."""
-    hardware, nodes = case.hardware, case.nodes(case.plan.update_gpus)
-    adam = ADAM * case.model.parameters / min(nodes * hardware.node_storage, hardware.storage)
-    return case.model.weights / hardware.node_storage + adam + case.model.checkpoint / case.costs.hash_bytes_per_s
+    """Seconds of a checkpoint: one node writes the weights, all their AdamW state, then one process reads and sums.
+
+    It sums all of it `SUMS` times; what its own node wrote need not be read again.
+    """
+    model, hardware, nodes = case.model, case.hardware, case.nodes(case.plan.update_gpus)
+    adam = ADAM * model.parameters
+    written = model.weights / hardware.node_storage + adam / min(nodes * hardware.node_storage, hardware.storage)
+    read = adam * (nodes - 1) / nodes / hardware.node_storage
+    return written + read + SUMS * model.checkpoint / case.costs.hash_bytes_per_s
 
 
 def ideal_gpu_seconds(case: Case) -> float:

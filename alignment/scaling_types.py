@@ -86,7 +86,7 @@ class Costs:
     network_share: float = 0.8
     """Share of NVLink's or the network's bandwidth that collectives reach."""
     hash_bytes_per_s: float = 1.4e9
-    """Bytes/s that one process sums with sha256: all of a checkpoint as it is saved, and whoever loads it once more."""
+    """Bytes/s that one process sums with sha256: all of a checkpoint, by who saves it and by whoever loads it."""
     hop_seconds: float = 3.4e-6
     """Latency of a ring's step inside a node."""
     node_hop_seconds: float = 9.6e-6
@@ -106,9 +106,9 @@ class Costs:
     response_token_bytes: float = 5.0
     """Bytes of the rollouts' file per response token, all columns included."""
     rollout_tokens_per_s: float | None = None
-    """Measured: tokens a second that one worker generates, reading prompts included; else by the formulas."""
+    """Measured: tokens a second that one worker generates alone, reading prompts included; else by the formulas."""
     update_tokens_per_s: float | None = None
-    """Measured: tokens of prompts and responses a second that one worker trains on; else by the formulas."""
+    """Measured: tokens of prompts and responses a second that one worker trains on alone; else by the formulas."""
     scoring_tokens_per_s: float | None = None
     """Measured: tokens of prompts and responses a second that one reward GPU scores; else by the formulas."""
 
@@ -153,14 +153,12 @@ class Plan:
     """How many GPUs do what."""
 
     gpus: int
-    """That sample; colocated they train too."""
+    """That sample; colocated they train too, disaggregated each is a shard."""
     update_gpus: int
     reward_gpus: int
     """Of an external reward server, besides; held for the whole run."""
     tensor_parallel: int
     """GPUs that hold one copy of the weights to sample from."""
-    shards: int
-    """Tasks that the disaggregated executor samples in."""
     colocated: bool
 
 
@@ -229,7 +227,7 @@ class Estimate:
     checkpoint_bytes: float
     """Written in the run."""
     weight_bytes: float
-    """Moved in one RS step so that the new weights are where they sample."""
+    """That all nodes together take in for an RS step: checkpoints that they load, weights for copies to sample from."""
 
     @property
     def step_seconds(self) -> float:

@@ -16,20 +16,19 @@ import pytest
 from alignment.errors import ConfigError, DataError
 from alignment.run_folder import RunFolder
 from alignment.scaling_inputs import Inputs, case_of, from_run, overridden
+from alignment.scaling_memory import activations, gpus_per_copy, memory, training_state
 from alignment.scaling_model import (
-    activations,
+    copying,
     estimate,
     expected_slowest,
-    gpus_per_copy,
     ideal_gpu_seconds,
     loading,
-    memory,
     ring_seconds,
     rollouts,
     saving,
     scoring,
-    training_state,
     update,
+    update_slots,
     waiting,
 )
 from alignment.scaling_types import MODELS, Case, Costs, Hardware, Memory, Shape
@@ -92,8 +91,15 @@ def test_memory_of_each_model():
     assert large.cache == pytest.approx(72e9 - 70.6e9 * 16 / 64 - 141.2e9 / 8)
     with pytest.raises(ConfigError, match=r"16 GPUs: 70B leaves 0 of 72 GB .*: take more GPUs"):
         memory(case(16, "70B"))
-    with pytest.raises(ConfigError, match=r"to train 70B each would hold .* take more GPUs, or a smaller shape.micro"):
-        memory(case(16, "70B", "disaggregated"))
+    alone = case_of(inputs(), 8, "disaggregated", {"update_gpus": 1})
+    with pytest.raises(ConfigError, match=r"to train 8B each would hold .* take more GPUs, or a smaller shape.micro"):
+        memory(alone)
+
+
+def test_a_shard_has_one_gpu_for_a_whole_copy():
+    assert case(64, "8B", "disaggregated").plan.tensor_parallel == 1
+    with pytest.raises(ConfigError, match=r"70B leaves 0 of 72 GB .*: a shard .* samples on one GPU. Take --executor"):
+        memory(case(64, "70B", "disaggregated"))
 
 
 def test_generation_takes_two_flop_a_parameter_and_token():
@@ -118,21 +124,36 @@ def test_rows_without_room_follow_each_other_and_the_longest_is_waited_for():
 
 
 def test_training_takes_six_flop_a_parameter_and_token():
-    one = case(8, costs=PEAK, prompts=16, kept=1, prompt_tokens=20, response_tokens=10, max_new_tokens=10)
+    shape = {"prompts": 16, "prompt_tokens": 20, "response_tokens": 10, "max_new_tokens": 10, "global_batch_size": 16}
+    one = case(8, costs=PEAK, **shape)
     seconds, network = update(one, held(2))
     assert seconds == pytest.approx(2 * 30 * 6 * 8.03e9 / 989e12)  # 16 sequences on 8 ranks
     assert network == pytest.approx(2 * 2 * 8.03e9 * 7 / 8 / 450e9)  # gradients scattered, weights gathered
-    again, often = update(one, held(3, recompute=True))
+    again, often = update(case_of(inputs(costs=PEAK, **shape), 8, "colocated", {"tensor_parallel": 2}), held(3, True))
     assert again == pytest.approx(seconds * 8 / 6)
     assert often == pytest.approx(3 * 2 * 8.03e9 * 7 / 8 / 450e9)  # one micro-batch
 
 
+@pytest.mark.parametrize(("tensor_parallel", "times"), [(1, 3 + 1), (2, 3 * 3)])
+def test_gradients_are_scattered_once_per_micro_batch(tensor_parallel, times):
+    # 24 sequences on 8 ranks in micro-batches of one: three scatters, and a gather at the end (ZeRO 2) or six (ZeRO 3).
+    shape = inputs(costs=PEAK, prompts=24, global_batch_size=24, micro_batch_size=1)
+    one = case_of(shape, 8, "colocated", {"tensor_parallel": tensor_parallel})
+    assert update(one, held(2))[1] == pytest.approx(times * 2 * 8.03e9 * 7 / 8 / 450e9)
+
+
 def test_the_ranks_take_as_many_responses_as_the_fullest():
-    few = case(8, costs=PEAK, prompts=9, global_batch_size=9)
-    assert update(few, held(2))[0] == pytest.approx(update(case(8, costs=PEAK, prompts=16), held(2))[0])
+    few, full = (case(8, costs=PEAK, prompts=n, global_batch_size=n) for n in (9, 16))
+    assert update(few, held(2))[0] == pytest.approx(update(full, held(2))[0])
     assert estimate(few).idle_update == pytest.approx(1 - 9 / 16)
     two_steps = case(8, costs=PEAK, prompts=16, global_batch_size=8)
     assert update(two_steps, held(2))[1] == pytest.approx(2 * update(few, held(2))[1])
+
+
+def test_a_batch_that_is_not_full_has_fillers():
+    # A global batch of 64 in micro-batches of 4 on 8 ranks: two each, though 8 responses would be one each.
+    assert update_slots(case(8, prompts=8, global_batch_size=64)) == (1, 2)
+    assert update_slots(case(8, prompts=80, global_batch_size=64)) == (2, 8)
 
 
 def test_a_ring():
@@ -153,9 +174,26 @@ def test_scoring_overlaps_with_all_waves_but_the_last():
 def test_checkpoints_are_written_read_and_summed():
     one = replace(case(16, "1B"), hardware=Hardware(node_storage=2e9, storage=3e9), costs=Costs(hash_bytes_per_s=1e9))
     n = 1.24e9
-    assert saving(one) == pytest.approx(2 * n / 2e9 + 12 * n / 3e9 + 14 * n / 1e9)  # two nodes share 3 GB/s
+    # Two nodes share 3 GB/s; the first reads the other's half of AdamW's state, and sums all twice.
+    assert saving(one) == pytest.approx(2 * n / 2e9 + 12 * n / 3e9 + 6 * n / 2e9 + 2 * 14 * n / 1e9)
+    alone = replace(case(8, "1B"), hardware=one.hardware, costs=one.costs)
+    assert saving(alone) == pytest.approx(14 * n / 2e9 + 2 * 14 * n / 1e9)
     assert loading(one, 1) == pytest.approx(14 * n / 2e9 + 14 * n / 1e9)
     assert loading(one, 2) == pytest.approx(14 * n / 1.5e9 + 14 * n / 1e9)
+
+
+@pytest.mark.parametrize(("gpus", "taken_in", "rate"), [(8, 141.2e9 / 8, 450e9), (64, 141.2e9, 400e9)])
+def test_a_node_takes_in_all_weights_for_its_copy(gpus, taken_in, rate):
+    # Each of its GPUs an eighth; on one node they are there.
+    made = replace(held(3), copy=141.2e9 / 8)
+    assert copying(case(gpus, "70B", costs=PEAK), made) == pytest.approx(taken_in * (gpus - 1) / gpus / rate)
+    assert copying(case(gpus, costs=PEAK), held(2)) == 0
+
+
+def test_a_copy_over_nodes_comes_from_the_others():
+    # 8 nodes load 14 bytes a parameter once in 10 steps, and take in 7/8 of 2 bytes a parameter in each.
+    made = estimate(case(64, "70B", steps_per_iteration=10))
+    assert made.weight_bytes == pytest.approx(8 * 14 * 70.6e9 / 10 + 8 * 7 / 8 * 2 * 70.6e9)
 
 
 def test_a_colocated_step_and_its_run():
@@ -168,20 +206,20 @@ def test_a_colocated_step_and_its_run():
     assert made.gpu_hours == pytest.approx(10 * made.wall_hours)  # 8 and 2 of reward
     assert made.rollout_bytes == 10 * 8192 * 512 * 5
     assert made.checkpoint_bytes == 2 * 14 * 8.03e9
-    assert made.weight_bytes == 8 * 2 * 8.03e9
+    assert made.weight_bytes == pytest.approx(14 * 8.03e9 / 10)
 
 
 def test_a_disaggregated_step_holds_each_phase_s_own_gpus():
-    one = case_of(inputs(costs=PEAK), 64, "disaggregated", {"update_gpus": 16, "shards": 4})
+    one = case_of(inputs(costs=PEAK), 64, "disaggregated", {"update_gpus": 16})
     made = estimate(one)
-    to_sample, to_train = loading(one, 4), loading(one, 2)
+    to_sample, to_train = loading(one, 8), loading(one, 2)
     assert made.parts["weights"] == pytest.approx(to_sample + to_train)
     assert made.parts["starting"] == 130
     sampled = next(seconds for name, seconds in made.parts.items() if name.startswith("rollouts"))
     trained = made.parts["update: arithmetic"] + made.parts["update: network"] + saving(one)
     seconds = 64 * (sampled + to_sample + 65) + 16 * (trained + to_train + 65) + 16 * made.step_seconds
     assert made.gpu_hours == pytest.approx(200 * seconds / 3600)
-    assert made.weight_bytes == 4 * 2 * 8.03e9
+    assert made.weight_bytes == (8 + 2) * 14 * 8.03e9
 
 
 def test_failures_repeat_half_of_what_lies_between_checkpoints():
@@ -233,15 +271,17 @@ def test_beyond_a_prompt_a_worker_the_rest_idles():
     assert twice.efficiency < full.efficiency / 1.9
 
 
-@pytest.mark.parametrize("executor", ["colocated", "disaggregated"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "executor"),
+    [*((model, "colocated") for model in MODELS), ("1B", "disaggregated"), ("8B", "disaggregated")],
+)
 def test_gpu_hours_are_never_below_the_ideal(model, executor):
-    fitting = [g for g in GPUS if model != "70B" or g >= 32]
+    fitting = [g for g in GPUS if (model != "70B" or g >= 32) and (executor == "colocated" or g <= 1024)]
     for costs in (Costs(), PEAK):
         for gpus in fitting:
             made = estimate(case(gpus, model, executor, costs))
             assert 0 < made.efficiency <= 1
-    for prompts, samples in ((1, 1), (7, 3), (5000, 16)):
+    for prompts, samples in ((1, 1), (7, 3), (5000, 16)) if executor == "colocated" else ((5000, 16),):
         shape = {"prompts": prompts, "samples": samples, "response_tokens": 100, "max_new_tokens": 100}
         assert estimate(case(64, model, executor, PEAK, **shape)).efficiency <= 1
 
@@ -284,7 +324,8 @@ def test_bad_settings_are_named(settings, message):
     [
         ({"tensor_parallel": 3}, "colocated", r"plan.tensor_parallel \(3\) must divide --gpus \(64\)"),
         ({"update_gpus": 8}, "colocated", r"plan.update_gpus \(8\): colocated workers all train"),
-        ({"shards": 65}, "disaggregated", r"plan.shards \(65\) must be <= --gpus \(64\)"),
+        ({"shards": 4}, "disaggregated", "plan.shards: cannot be set; there are reward_gpus, tensor_parallel, upd"),
+        ({"tensor_parallel": 8}, "disaggregated", r"plan.tensor_parallel \(8\): a shard .* samples on one GPU"),
         ({"gpus": 8}, "colocated", r"plan.gpus: cannot be set"),
     ],
 )
@@ -293,24 +334,25 @@ def test_bad_plans_are_named(plan, executor, message):
         case_of(inputs(), 64, executor, plan)
 
 
-def test_a_run_predicts_itself(tmp_path):
-    """A made-up run of two workers: on as many, without stragglers, its phases take what they took."""
-    run = RunFolder(tmp_path)
+def made_up_run(path: Path, sections: dict[str, dict[str, object]]) -> None:
+    """Records of two RS steps, the first of which warms up, a config, and a checkpoint of 167 weights."""
+    run = RunFolder(path)
     step = {
         "kind": "step", "response_length_mean": 20.0, "num_selected": 6,
         "seconds": {"rollouts": 4.0, "scoring": 1.0, "update": 3.0},
     }  # fmt: skip
-    run.append_metrics({**step, "seconds": {"rollouts": 99.0, "scoring": 99.0, "update": 99.0}})  # warms up
+    run.append_metrics({**step, "seconds": {"rollouts": 99.0, "scoring": 99.0, "update": 99.0}})
     run.append_metrics(step)
     run.append_metrics({"kind": "task", "name": "iterate", "seconds": 40.0, "starting": 15.0})
-    run.config.write_text(json.dumps({
+    config = {
         "rollouts": {"num_rollout_samples": 6, "num_rollouts_per_prompt": 4, "max_new_tokens": 24},
         "prompts": {"max_prompt_tokens": 50}, "resources": {"gpu": 0, "cpu_workers": 2},
         "loop": {"max_steps": 8, "save_interval": 4, "steps_per_iteration": 4},
         "training": {"global_batch_size": 6, "micro_batch_size": 3},
-    }))  # fmt: skip
-    with pytest.raises(DataError, match="holds no checkpoint"):
-        from_run(tmp_path, inputs())
+    }  # fmt: skip
+    run.config.write_text(
+        json.dumps({key: {**config.get(key, {}), **sections.get(key, {})} for key in config | sections})
+    )
     folder = run.checkpoints / "step-000004"
     folder.mkdir(parents=True)
     (folder / "DONE").touch()
@@ -319,14 +361,72 @@ def test_a_run_predicts_itself(tmp_path):
     header = json.dumps({"__metadata__": {}, "a": {"shape": [10, 16]}, "b": {"shape": [7]}}).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
 
-    found = from_run(tmp_path, inputs(costs=replace(Costs(), straggling=0)))
+
+def taken(found: Inputs, gpus: int, executor: str, plan: dict[str, int]) -> list[float]:
+    """Seconds of the rollouts and of the whole update."""
+    parts = estimate(case_of(found, gpus, executor, plan)).parts
+    return [parts["rollouts: a measured rate"], parts["update: arithmetic"] + parts["update: network"]]
+
+
+SLOW_LINKS = replace(Hardware(), nvlink=1e3)
+"""Two ranks scatter and gather 167 weights of 2 bytes at 800 bytes/s: 0.4 s of the update, and a latency."""
+
+
+def test_a_run_predicts_itself(tmp_path):
+    made_up_run(tmp_path, {})
+    given = replace(inputs(costs=replace(Costs(), straggling=0.3)), hardware=SLOW_LINKS)
+    found, plan = from_run(tmp_path, given)
     assert (found.model.parameters, found.model.kv_bytes, found.costs.worker_seconds) == (167, 2 * 2 * 2 * 4 * 2, 15)
-    parts = estimate(case_of(found, 2, "colocated", {})).parts
-    assert [parts[name] for name in ("rollouts: a measured rate", "scoring", "update: arithmetic")] == pytest.approx(
-        [4.0, 1.0, 3.0]
+    assert (found.shape.steps, plan) == (8, {"tensor_parallel": 1})
+    assert taken(found, 2, "colocated", plan) == pytest.approx([4.0, 3.0])
+    assert estimate(case_of(found, 2, "colocated", plan)).parts["scoring"] == pytest.approx(1.0)
+    # Three prompts a worker became one, and the slowest of six is waited for longer than that of two.
+    slower = expected_slowest(6, 0.3) / expected_slowest(2, 0.3)
+    network = [2 * 2 * 167 * (n - 1) / n / 800 + 2 * (n - 1) * 3.4e-6 for n in (2, 6)]
+    expected = [4.0 / 3 * slower, (3.0 - network[0]) / 3 * slower + network[1]]
+    assert taken(found, 6, "colocated", plan) == pytest.approx(expected)
+
+
+def test_workers_that_get_unequal_parts(tmp_path):
+    # Six prompts on four workers: the fullest has two of them, and two sequences to train on.
+    made_up_run(tmp_path, {"resources": {"gpu": 0, "cpu_workers": 4}})
+    found, plan = from_run(tmp_path, inputs())
+    assert taken(found, 4, "colocated", plan) == pytest.approx([4.0, 3.0])
+    assert taken(found, 6, "colocated", plan)[0] == pytest.approx(
+        4.0 / 2 * expected_slowest(6, 0.05) / expected_slowest(4, 0.05)
     )
-    doubled = estimate(case_of(found, 6, "colocated", {})).parts
-    assert doubled["rollouts: a measured rate"] == pytest.approx(4.0 / 3)
+
+
+def test_a_disaggregated_run_predicts_itself(tmp_path):
+    """Three shards and two nodes of one worker each, whatever `resources` says of workers."""
+    phases = {"shards": 3, "update_nodes": 2, "update": {"gpu": 1}}
+    loop = {"executor": "disaggregated", "steps_per_iteration": 1, "max_epochs": 2}
+    made_up_run(tmp_path, {"loop": loop, "phases": phases, "resources": {"gpu": 4}})
+    (tmp_path / "prompts").mkdir()
+    prompt = {"id": "p", "messages": [{"role": "user", "content": "Hello"}]}
+    (tmp_path / "prompts" / "train.jsonl").write_text((json.dumps(prompt) + "\n") * 20)
+    found, plan = from_run(tmp_path, inputs())
+    # 20 prompts make three steps of 6, twice; the task that has the record starts no workers.
+    assert (found.shape.steps, found.costs.worker_seconds) == (6, 60)
+    assert taken(found, 3, "disaggregated", plan | {"update_gpus": 2}) == pytest.approx([4.0, 3.0])
+    # Two prompts of four responses of 20 tokens a shard, and waiting for the slowest of three is taken off.
+    assert found.costs.rollout_tokens_per_s == pytest.approx(2 * 4 * 20 / 4.0 * expected_slowest(3, 0.05))
+
+
+def test_collectives_that_would_outlast_the_update_are_named(tmp_path):
+    made_up_run(tmp_path, {})
+    slow = replace(inputs(), hardware=replace(Hardware(), nvlink=10))
+    with pytest.raises(
+        ConfigError, match=r"updates took 3 s and the collectives alone would take 41.8 s: set hardware"
+    ):
+        from_run(tmp_path, slow)
+
+
+def test_a_run_without_a_checkpoint_is_named(tmp_path):
+    made_up_run(tmp_path, {})
+    (tmp_path / "checkpoints" / "step-000004" / "DONE").unlink()
+    with pytest.raises(DataError, match="holds no checkpoint"):
+        from_run(tmp_path, inputs())
 
 
 def test_a_run_without_steps_is_named(tmp_path):
@@ -367,6 +467,28 @@ def test_a_bad_option_is_a_message(bad):
     assert done.stderr.startswith(f"error: --set ({bad})")
 
 
+def test_costs_that_are_no_text_are_a_message(tmp_path):
+    (tmp_path / "costs.yaml").write_bytes(b"costs: {update_share: 0.2} # \xff")
+    done = command("--costs", str(tmp_path / "costs.yaml"))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: --costs ({tmp_path / 'costs.yaml'}): 'utf-8' codec can't decode")
+
+
+def test_the_command_takes_a_run_with_its_links(tmp_path):
+    made_up_run(tmp_path, {})
+    done = command("--from-run", str(tmp_path), "--gpus", "2", "--set", "hardware.nvlink=10")
+    assert done.stderr.startswith("error: the run's updates took 3 s")
+    done = command("--from-run", str(tmp_path), "--gpus", "2", "--set", "costs.straggling=0", "--json")
+    assert json.loads(done.stdout)[0]["estimates"][0]["parts"]["rollouts: a measured rate"] == pytest.approx(4.0)
+
+
+def test_idle_ranks_are_told():
+    # 4,096 ranks for 1,024 responses; each copy of 8 has two prompts.
+    done = command("--model", "70B", "--gpus", "2048", "4096")
+    assert "From 2048 GPUs that train on, half of the ranks' places or more train on nothing" in done.stdout
+    assert "no prompt" not in done.stdout
+
+
 def test_the_command_needs_no_torch():
     script = "import sys, alignment.scaling; sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
@@ -375,7 +497,7 @@ def test_the_command_needs_no_torch():
 def test_the_document_s_tables_are_what_its_commands_print():
     text = (ROOT / "docs" / "scaling.md").read_text()
     commands = [c for c in re.findall(r"`python -m alignment\.scaling ([^`\n]+)`", text) if "--plot" not in c]
-    assert len(commands) == 4
+    assert len(commands) == 5
     for one in commands:
         assert command(*one.split()).stdout.strip() in text, one
 
