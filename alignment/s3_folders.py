@@ -5,6 +5,7 @@ size and sha256, are not sent again. Files named in `last` follow when all other
 below a marker, the old marker goes first.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -111,7 +112,10 @@ def push_files(folder: Path, uri: str, names: Sequence[str]) -> None:
             if (folder / name).exists():
                 raise
 
-    sizes = {name: (folder / name).stat().st_size for name in names if (folder / name).exists()}
+    sizes: dict[str, int] = {}
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            sizes[name] = (folder / name).stat().st_size
     _transfer(sizes, send, lambda count: None)
 
 
