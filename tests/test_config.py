@@ -193,7 +193,7 @@ def test_each_bad_value_is_one_line_with_key_value_and_remedy() -> None:
         ),
         (
             ["reward.name=policy"],
-            "reward.name (policy) is what the registry calls the policies of runs",
+            "reward.name (policy) is what the registry calls the policies of runs: give the reward model another name",
         ),
         (
             ["loop.executor=disaggregated"],
