@@ -104,7 +104,7 @@ class Config(Section):
         """The Triton model repository that exports go to: a folder, or a prefix in S3."""
         from alignment.workspace import child
 
-        return self.reward.repository or child(self.run.root, "triton_repo")
+        return (self.reward.repository or "").rstrip("/") or child(self.run.root, "triton_repo")
 
     @model_validator(mode="after")
     def check_across_sections(self) -> Self:

@@ -55,6 +55,10 @@ def check_config(config: "Config") -> None:
     _check_reward_ensemble(config)
     _check_sft(config)
     _check_phases(config)
+    if config.reward.name == "policy":
+        raise ValueError(
+            "reward.name (policy) is what the registry calls the policies of runs: give the reward model another name"
+        )
     if config.reward.url is not None and not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^/:\s]+):\d+", config.reward.url):
         raise ValueError(f"reward.url ({config.reward.url}) must be host:port of Triton's gRPC endpoint")
 

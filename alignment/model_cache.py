@@ -16,15 +16,17 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from alignment.atomic_files import disk_errors, sync_folder, write_json
-from alignment.errors import StorageError
+from alignment.errors import ConfigError, StorageError
 from alignment.s3 import parse_uri
 from alignment.s3_folders import pull_folder
 from alignment.s3_objects import list_objects
@@ -45,6 +47,20 @@ def cache_root() -> Path:
     return Path(named).expanduser() if named else Path.home() / ".cache" / "rejection-sampling"
 
 
+def _node_limit() -> int | None:
+    """RS_CACHE_LIMIT_GB in bytes, None where it is not set. Raises ConfigError."""
+    text = os.environ.get("RS_CACHE_LIMIT_GB")
+    if not text:
+        return None
+    if not re.fullmatch(r"\d+(\.\d+)?", text) or not float(text):
+        raise ConfigError(f"RS_CACHE_LIMIT_GB ({text}) must be a number above 0, of gigabytes")
+    return round(float(text) * 1e9)
+
+
+def _key(uri: str, sha256: str) -> str:
+    return hashlib.sha256(f"{parse_uri(uri).uri} {sha256}".encode()).hexdigest()[:24]
+
+
 @contextlib.contextmanager
 def cached_folder(
     uri: str, sha256: str, limit_bytes: int, *, on_note: Callable[[str], None] | None = None
@@ -53,9 +69,10 @@ def cached_folder(
 
     `sha256` names the version (a manifest's or the weights' digest): a folder that is there under it is not asked
     about again. Each file is verified as it is fetched (`alignment.s3_download`). The copy is for reading alone.
-    Raises StorageError, where it would not fit in `limit_bytes` too, and DiskError.
+    RS_CACHE_LIMIT_GB, where it is set, is this node's limit instead of `limit_bytes`.
+    Raises StorageError, where it would not fit in the limit too, ConfigError and DiskError.
     """
-    root, key = cache_root(), hashlib.sha256(f"{parse_uri(uri).uri} {sha256}".encode()).hexdigest()[:24]
+    root, key, limit_bytes = cache_root(), _key(uri, sha256), _node_limit() or limit_bytes
     content = root / "folders" / key / "content"
     with disk_errors(root):
         (root / "locks").mkdir(parents=True, exist_ok=True)
@@ -71,6 +88,44 @@ def cached_folder(
         now = time.time_ns()  # the kernel's own stamps are some milliseconds coarse, so that uses in a row would tie
         os.utime(content.parent / "entry.json", ns=(now, now))
         yield content
+
+
+def forget_folder(uri: str, sha256: str) -> None:
+    """Remove a copy that was found damaged, so that it is fetched anew; one that others use stays."""
+    root, key = cache_root(), _key(uri, sha256)
+    _removed(root, _Entry(key, 0, 0))
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder in the cache for what is made here and sent; what killed processes left of theirs goes first."""
+    exports = cache_root() / "exports"
+    with disk_errors(exports), contextlib.ExitStack() as stack:
+        exports.mkdir(parents=True, exist_ok=True)
+        place = exports / uuid.uuid4().hex
+        with _locked(exports / "sweep"):
+            for path in exports.glob("*.lock"):
+                _sweep_scratch(path)
+            stack.enter_context(_locked(place.with_suffix(".lock")))
+            place.mkdir()
+        stack.callback(_remove_scratch, place)
+        held = stack.pop_all()
+    with held:
+        yield place
+
+
+def _sweep_scratch(path: Path) -> None:
+    with open(path, "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        _remove_scratch(path.with_suffix(""))
+
+
+def _remove_scratch(place: Path) -> None:
+    shutil.rmtree(place, ignore_errors=True)
+    place.with_suffix(".lock").unlink(missing_ok=True)
 
 
 def _fetch(
@@ -100,7 +155,8 @@ def _make_room(root: Path, key: str, uri: str, size: int, limit_bytes: int) -> N
     if taken + size > limit_bytes:
         raise StorageError(
             f"{uri}: takes {size / 1e6:.0f} MB and does not fit in the cache {root}, whose limit is "
-            f"{limit_bytes / 1e6:.0f} MB and where {taken / 1e6:.0f} MB cannot go now; raise the limit, or set RS_CACHE"
+            f"{limit_bytes / 1e6:.0f} MB and where {taken / 1e6:.0f} MB cannot go now; raise the limit "
+            "(run.cache_limit_gb or RS_CACHE_LIMIT_GB), or set RS_CACHE"
         )
 
 
@@ -115,7 +171,8 @@ def _removed(root: Path, entry: _Entry) -> bool:
         with disk_errors(folder):
             if (folder / "content").is_dir():  # first out of its place, so that a kill leaves no half of it there
                 (folder / "content").rename(folder / "partial")
-            shutil.rmtree(folder)
+            shutil.rmtree(folder / "partial", ignore_errors=True)
+            shutil.rmtree(folder)  # entry.json last: while anything of it is here, its room counts
         return True
 
 

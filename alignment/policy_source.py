@@ -59,9 +59,10 @@ def model_folder(name: str, storage: RunSection, *, key: str, on_note: OnNote | 
         name = located(storage.root, name, key=key)
     if not is_s3(name):
         return policy_folder(name, local_root(storage) / "cache", on_note, key=key)
-    if find_run("", name):
+    run = find_run("", name)
+    if run:
         raise ModelError(
-            f"{key} ({name}): is a run; name a checkpoint of it, {name}/checkpoints/step-…, or a model folder"
+            f"{key} ({name}): is a run; name a checkpoint of it, {run}/checkpoints/step-…, or a model folder"
         )
     found = _fetched(name.rstrip("/"), storage, key, on_note)
     if not (found / "config.json").is_file():

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from alignment.atomic_files import disk_errors
 from alignment.config_sections import RunSection
 from alignment.errors import ModelError, StorageConflict
 from alignment.s3 import is_s3
@@ -37,7 +36,7 @@ def local_repository(repository: str, versions: Sequence[tuple[str, str]], stora
     if not is_s3(repository):
         yield Path(repository)
         return
-    from alignment.model_cache import cached_folder
+    from alignment.model_cache import cached_folder, forget_folder
     from models.reward_export import read_version
 
     with contextlib.ExitStack() as stack:
@@ -45,17 +44,27 @@ def local_repository(repository: str, versions: Sequence[tuple[str, str]], stora
         for name, version in dict.fromkeys(versions):
             uri = f"{repository}/{name}/{version}"
             card = _card_bytes(repository, name, version)
-            limit = round(storage.cache_limit_gb * 1e9)
-            copy = stack.enter_context(cached_folder(uri, hashlib.sha256(card).hexdigest(), limit))
+            limit, digest = round(storage.cache_limit_gb * 1e9), hashlib.sha256(card).hexdigest()
             (place / name).mkdir(exist_ok=True)
-            (place / name / version).symlink_to(copy)
             config = read_bytes(f"{repository}/{name}/config.pbtxt")
             if config is None:
                 raise ModelError(
                     f"{repository}/{name}/config.pbtxt is missing: export a version again, which writes it"
                 )
             (place / name / "config.pbtxt").write_bytes(config[0])
-            read_version(place, name, version)
+            link = place / name / version
+            for is_last in (False, True):
+                with contextlib.ExitStack() as one:
+                    link.symlink_to(one.enter_context(cached_folder(uri, digest, limit)))
+                    try:
+                        read_version(place, name, version)
+                        stack.enter_context(one.pop_all())
+                        break
+                    except ModelError:
+                        if is_last:
+                            raise
+                link.unlink()
+                forget_folder(uri, digest)  # the copy may be what is damaged: it is fetched anew, once
         yield place
 
 
@@ -120,7 +129,7 @@ def export_place(repository: str, name: str) -> Iterator[tuple[Path, Claim | Non
     if not is_s3(repository):
         yield Path(repository), None
         return
-    from alignment.model_cache import cache_root
+    from alignment.model_cache import scratch_folder
     from alignment.s3_folders import push_folder
 
     claimed: list[str] = []
@@ -129,11 +138,8 @@ def export_place(repository: str, name: str) -> Iterator[tuple[Path, Claim | Non
         claimed.append(_claim_in_s3(repository, folder.name))
         return claimed[-1]
 
-    exports = cache_root() / "exports"  # the place of temporary folders may be short of space
-    with disk_errors(exports):
-        exports.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=exports) as place:
-        local, config = Path(place), read_bytes(f"{repository}/{name}/config.pbtxt")
+    with scratch_folder() as local:  # the place of temporary folders may be short of space
+        config = read_bytes(f"{repository}/{name}/config.pbtxt")
         if config is not None:  # kept as it is, since users tune it
             (local / name).mkdir()
             (local / name / "config.pbtxt").write_bytes(config[0])

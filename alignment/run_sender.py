@@ -12,7 +12,7 @@ class Sender:
     def __init__(self, mirror: RunMirror) -> None:
         self._mirror = mirror
         self._asked, self._ended = threading.Event(), False
-        self._error: Exception | None = None
+        self._conflict: StorageConflict | None = None
         self._thread = threading.Thread(target=self._work, name="sender", daemon=True)
         self._thread.start()
 
@@ -22,9 +22,9 @@ class Sender:
         return self._mirror.uri
 
     def send(self) -> None:
-        """Ask for a sending; raises what the last one met."""
-        if self._error is not None:
-            raise self._error
+        """Ask for a sending. Raises StorageConflict where the run was taken over by somebody else."""
+        if self._conflict is not None:
+            raise self._conflict
         self._asked.set()
 
     def close(self) -> None:
@@ -32,8 +32,8 @@ class Sender:
         self._ended = True
         self._asked.set()
         self._thread.join()
-        if isinstance(self._error, StorageConflict):
-            raise self._error
+        if self._conflict is not None:
+            raise self._conflict
         self._mirror.push(early=False)
 
     def _work(self) -> None:
@@ -44,5 +44,9 @@ class Sender:
                 return
             try:
                 self._mirror.push(early=True)
-            except Exception as error:  # raised where the next sending is asked for
-                self._error = error
+            except StorageConflict as conflict:  # raised where the next sending is asked for
+                self._conflict = conflict
+                return
+            except Exception as error:  # the task can go on; `close` tries again at the latest, and raises
+                said = f"not all could be sent ({type(error).__name__}: {error})"
+                self._mirror.on_note(f"{self.uri}: {said}; tried again after the next step")

@@ -16,6 +16,8 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from alignment.errors import ConfigError
+
 ATTEMPTS = 7
 """Tries of one request: on a lost connection, a time-out, 500, 502, 503, 504 and throttling. The pauses grow from a
 second at most to 32, half a minute together. boto3's newer retry modes give a client one budget for its whole life,
@@ -39,6 +41,11 @@ def _client(pid: int, aws: tuple[tuple[str, str], ...]) -> Any:
     import boto3
     from botocore.config import Config
 
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        parts = urlsplit(os.environ.get(name, ""))
+        if parts.geturl() and not (parts.scheme in ("http", "https") and parts.hostname):
+            # Not its value, which may hold a password.
+            raise ConfigError(f"{name} is no address of a server: expected http://HOST:PORT or https://HOST")
     session = boto3.Session()
     config = Config(
         connect_timeout=CONNECT_TIMEOUT_S,
@@ -62,7 +69,7 @@ def endpoint() -> str:
 
     try:
         parts = urlsplit(s3_client().meta.endpoint_url)
-    except (BotoCoreError, ValueError):
+    except (BotoCoreError, ValueError, ConfigError):
         return "the server"
     port = f":{parts.port}" if parts.port else ""
     return f"{parts.scheme}://{parts.hostname}{port}"

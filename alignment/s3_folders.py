@@ -5,6 +5,7 @@ size and sha256, are not sent again. Files named in `last` follow when all other
 below a marker, the old marker goes first.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -98,8 +99,29 @@ def pull_folder(
     return fetched
 
 
+def push_files(folder: Path, uri: str, names: Sequence[str]) -> None:
+    """Send these files of a folder, by their names in it, as they are now; one that has gone meanwhile is left out.
+
+    For folders in which others write: nothing else is looked at. Raises StorageError, DataError.
+    """
+
+    def send(name: str, done: Callable[[int], None] | None) -> None:
+        try:
+            upload_file(folder / name, below(uri, name), on_bytes=done)
+        except DataError:
+            if (folder / name).exists():
+                raise
+
+    sizes: dict[str, int] = {}
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            sizes[name] = (folder / name).stat().st_size
+    _transfer(sizes, send, lambda count: None)
+
+
 def _fetch(stored: StoredObject, path: Path, on_bytes: Callable[[int], None] | None) -> None:
-    download_file(stored.uri, path, sha256=stored.sha256, on_bytes=on_bytes)
+    # Not by the sum that was listed: a live writer may have replaced the object, and what is there now is verified too.
+    download_file(stored.uri, path, on_bytes=on_bytes)
 
 
 def _transfer(
@@ -140,9 +162,11 @@ def _relative(entry: StoredObject, uri: str, folder: Path) -> str:
     name = entry.uri.removeprefix(below(parse_uri(uri).uri, ""))
     parts = name.split("/")
     root = folder.resolve()
-    if any(part in ("", ".", "..") or "\0" in part for part in parts) or not (
-        root / name
-    ).parent.resolve().is_relative_to(root):
+    if "" in parts:
+        raise StorageError(f"{entry.uri}: its name has an empty part (//); delete that object, or fetch others alone")
+    if any(part in (".", "..") or "\0" in part for part in parts) or not (root / name).parent.resolve().is_relative_to(
+        root
+    ):
         raise StorageError(f"{entry.uri}: its name leads out of {folder}; delete that object, or fetch others alone")
     return name
 

@@ -27,6 +27,7 @@ from alignment.s3_download import read_exactly
 from alignment.s3_errors import error_code, explained
 from alignment.s3_objects import SHA256, bare, md5, stat_object
 from alignment.s3_threads import in_parallel, serialised
+from alignment.s3_unfinished import abort_upload, unfinished_uploads
 
 PART_BYTES = 8 << 20
 """Size of a part, of all but the last; more where a file would need more than 10,000 parts. Parts are read from disk
@@ -197,7 +198,9 @@ def _begun_upload(location: Location, fingerprint: Fingerprint, *, fresh: bool) 
     Of the unfinished uploads of this key the one with the most such parts is taken. The others are aborted, since
     their parts would be paid for until a bucket's life-cycle rule removes them: one key has one writer at a time.
     """
-    begun = {upload_id: _parts(location, upload_id) for upload_id in _unfinished(location)}
+    begun = {
+        upload_id: _parts(location, upload_id) for key, upload_id in unfinished_uploads(location) if key == location.key
+    }
     matching = {upload_id: _matching(parts, fingerprint) for upload_id, parts in begun.items()}
     useful = {upload_id: parts for upload_id, parts in matching.items() if parts and not fresh}
     chosen = max(useful, key=lambda upload_id: len(useful[upload_id]), default=None)
@@ -214,12 +217,6 @@ def _begun_upload(location: Location, fingerprint: Fingerprint, *, fresh: bool) 
         Metadata={SHA256: fingerprint.sha256},
     )
     return answer["UploadId"], {}
-
-
-def _unfinished(location: Location) -> list[str]:
-    pages = s3_client().get_paginator("list_multipart_uploads").paginate(Bucket=location.bucket, Prefix=location.key)
-    uploads = [upload for page in pages for upload in page.get("Uploads", [])]
-    return [upload["UploadId"] for upload in uploads if upload["Key"] == location.key]
 
 
 def _parts(location: Location, upload_id: str) -> dict[int, Mapping[str, Any]]:
@@ -241,17 +238,6 @@ def _matching(parts: Mapping[int, Mapping[str, Any]], fingerprint: Fingerprint) 
         and part["Size"] == _part_size(fingerprint, number)
         and bare(part["ETag"]) == fingerprint.part_md5s[number - 1].hex()
     }
-
-
-def abort_upload(location: Location, upload_id: str) -> None:
-    """End an unfinished upload and free its parts; one that is gone is no error."""
-    from botocore.exceptions import ClientError
-
-    try:
-        s3_client().abort_multipart_upload(Bucket=location.bucket, Key=location.key, UploadId=upload_id)
-    except ClientError as error:
-        if error_code(error) != "NoSuchUpload":
-            raise
 
 
 def _known(request: Callable[..., Any], *fields: str, **arguments: Any) -> Any:

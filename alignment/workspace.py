@@ -18,6 +18,7 @@ from types import FrameType
 from alignment.config import Config
 from alignment.config_sections import RunSection
 from alignment.errors import AlignmentError, DataError, StorageConflict
+from alignment.run_copy import writer_lock
 from alignment.run_folder import RunFolder, check_id
 from alignment.run_folder import create as create_folder
 from alignment.run_mirror import Names, Note, RunMirror
@@ -155,32 +156,39 @@ def opened(
 
     Of a run under s3:// it is a copy that is brought up to date before: the newest checkpoint, `all_kept` those that
     `keeps` says, and everything else. What the task leaves is sent at the end, also after an error, Ctrl-C or SIGTERM.
-    `writes=False` sends nothing, for tasks that only read, of which many may run side by side.
-    Raises StorageConflict where somebody else goes on with the run, StorageError.
+    `writes=False` sends nothing, for tasks that only read, of which many may run side by side. A second task of this
+    node that writes is refused, after `loop.stop_grace_s`; where the copy has to be changed, it waits for readers.
+    Raises StorageConflict where somebody else goes on with the run, AlignmentError, StorageError.
     """
     if not is_s3(run_path):
         yield RunFolder(Path(run_path))
         return
     path = local_place(config.run, run_path)
-    note, kept = on_note or _say, keeps(config, RunFolder(path))
+    note, kept, wait_s = on_note or _say, keeps(config, RunFolder(path)), config.loop.stop_grace_s
     mirror = RunMirror(path, run_path, kept, note)
-    # What is kept follows from the metrics, which come with the first of the two.
-    mirror.pull(newest, writes=writes, wait_s=config.loop.stop_grace_s)
-    if all_kept:
-        mirror.pull(lambda names: newest(names) | kept(names), writes=False, wait_s=config.loop.stop_grace_s)
-    if not writes:
-        yield RunFolder(path, _Reading(run_path))
-        return
+    wanted: Names = (lambda names: newest(names) | kept(names)) if all_kept else newest
+    with contextlib.ExitStack() as stack:
+        if writes:
+            stack.enter_context(writer_lock(path, wait_s))
+        stack.enter_context(mirror.current(wanted, writes=writes, wait_s=wait_s))
+        if writes:
+            yield from _sending(mirror)
+        else:
+            yield RunFolder(path, _Reading(run_path))
+
+
+def _sending(mirror: RunMirror) -> Iterator[RunFolder]:
     sender = Sender(mirror)
     try:
         with _ending_on_sigterm():
-            yield RunFolder(path, sender)
+            yield RunFolder(mirror.path, sender)
     except BaseException:
         try:
             sender.close()
         except AlignmentError as error:  # what ended the task is worth more
-            note(
-                f"not all could be sent to {run_path}: {error}. It stays in {path}, and a resume on this node sends it"
+            mirror.on_note(
+                f"not all could be sent to {mirror.uri}: {error}. It stays in {mirror.path}, and a resume on this "
+                "node sends it"
             )
         raise
     sender.close()

@@ -270,7 +270,17 @@ def _repository(options: argparse.Namespace) -> Iterator[Path]:
     from alignment.reward_repository import local_repository, served_versions
 
     uri = options.repository.rstrip("/")
-    versions = [*served_versions(uri, options.model, options.version), *options.also]
+    served = served_versions(uri, options.model, options.version)
+    if not served:
+        wanted = f"{options.model or 'any model'}{f' version {options.version}' if options.version else ''}"
+        raise RewardServerError(
+            f"no exported version of {wanted} in {uri}: `python flows/rs_flow.py run` exports one (to "
+            "reward.repository); `python -m models.policy_export` exports a policy"
+        )
+    for name, version in options.also:
+        if not served_versions(uri, name, version):
+            raise RewardServerError(f"--also ({name}/{version}): {uri} has no such exported version")
+    versions = [*served, *options.also]
     with local_repository(uri, versions, RunSection()) as folder:
         yield folder
 

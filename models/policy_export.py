@@ -134,7 +134,7 @@ def _export(options: argparse.Namespace) -> str:
     source = find_policy(options.policy, root=options.root, key="the policy", on_note=print)
     form = prompt_format_of(source, options.prompt_format)
     policy = load_policy(source.folder, prompt_format=form, dtype="as_stored")
-    with export_place(options.repository, options.name) as (repository, claim):
+    with export_place(options.repository.rstrip("/"), options.name) as (repository, claim):
         version, digest = export_policy(
             policy,
             repository=repository,

@@ -19,12 +19,15 @@ import argparse
 import datetime
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from alignment.atomic_files import disk_errors
 from alignment.errors import AlignmentError, ConfigError, ModelError, StorageConflict
 from models.registry_store import copy_folder, list_names, move_alias, place_of, read_alias, read_file, write_new
 
@@ -37,6 +40,8 @@ PREFIX = "registry:"
 LATEST, PROMOTED = "latest", "promoted"
 POLICY = "policy"
 """Name of the policies that runs register."""
+READERS = 8
+"""Entries that are read at a time."""
 _NAME = re.compile(r"(?P<name>[A-Za-z0-9_-]+)(:(?P<version>[0-9]+)|@(?P<alias>[a-z]+))?")
 
 
@@ -68,7 +73,7 @@ def register(
         if (entry.uri, entry.sha256) == (uri, sha256):
             return entry
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    version = max((entry.version for entry in known), default=0) + 1
+    version = max(versions(root, name), default=0) + 1
     while True:
         entry = Entry(name, version, kind, uri, sha256, created, run_id, lineage)
         try:
@@ -96,41 +101,63 @@ def names(root: str) -> list[str]:
     return sorted({name.split("/")[0] for name in list_names(root)})
 
 
+def versions(root: str, name: str) -> list[int]:
+    """The numbers of a name's versions, rising."""
+    found = (re.fullmatch(rf"{re.escape(name)}/(\d+)\.json", path) for path in list_names(root))
+    return sorted(int(match[1]) for match in found if match)
+
+
 def entries(root: str, name: str) -> list[Entry]:
-    """The versions of a name, oldest first. Raises ModelError for an entry that cannot be read."""
-    versions = [int(m[1]) for path in list_names(root) if (m := re.fullmatch(rf"{re.escape(name)}/(\d+)\.json", path))]
-    return [_read_entry(root, name, version) for version in sorted(versions)]
+    """The versions of a name, oldest first; one that cannot be read is left out, and named on stderr."""
+
+    def read(version: int) -> Entry | None:
+        try:
+            return _read_entry(root, name, version)
+        except ModelError as error:
+            print(error, file=sys.stderr, flush=True)
+            return None
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return [entry for entry in pool.map(read, versions(root, name)) if entry]
 
 
 def aliases(root: str, name: str) -> dict[str, int]:
     """The version that each alias of a name means."""
-    versions = [entry.version for entry in entries(root, name)]
+    known = versions(root, name)
     promoted, _ = read_alias(place_of(root, name, "aliases", PROMOTED))
-    return ({LATEST: versions[-1]} if versions else {}) | ({PROMOTED: promoted} if promoted else {})
+    return ({LATEST: known[-1]} if known else {}) | ({PROMOTED: promoted} if promoted else {})
 
 
 def find(root: str, text: str, *, key: str = "NAME") -> Entry:
-    """What NAME, NAME:VERSION or NAME@ALIAS means; `key` is what errors call it. Raises ConfigError."""
+    """What NAME, NAME:VERSION or NAME@ALIAS means; `key` is what errors call it. Raises ConfigError, ModelError."""
     match = _NAME.fullmatch(text)
     if match is None:
         raise ConfigError(f"{key} ({text}): expected NAME, NAME:VERSION or NAME@ALIAS")
     name, version, alias = match["name"], match["version"], match["alias"] or LATEST
-    known = {entry.version: entry for entry in entries(root, name)}
+    known = versions(root, name)
     meant = int(version) if version else aliases(root, name).get(alias)
-    if meant not in known:
+    if meant is None or meant not in known:
         there = ", ".join(map(str, known)) or "none"
         raise ConfigError(
             f"{key} ({text}): the registry of {root} has no such model; versions of {name}: {there}. "
             "`python -m models.registry list` shows all, `promote` sets the alias promoted"
         )
-    return known[meant]
+    return _read_entry(root, name, meant)
 
 
 def located(root: str, value: str, *, key: str) -> str:
-    """Where the policy lies that a config names by registry:NAME…. Raises ConfigError."""
+    """Where the policy lies that a config names by registry:NAME….
+
+    Raises ConfigError, ModelError where other weights lie there now than were registered.
+    """
     entry = find(root, value.removeprefix(PREFIX), key=key)
     if entry.kind != "policy":
         raise ConfigError(f"{key} ({value}): {entry.name}:{entry.version} is a {entry.kind}: name a policy")
+    manifest = read_file(f"{entry.uri}/manifest.json")
+    if manifest is not None:
+        _compare(entry, str(json.loads(manifest).get("weights_sha256")))
+    elif Path(entry.uri).is_dir():
+        _compare(entry, _digest(entry, Path(entry.uri)))
     return entry.uri
 
 
@@ -155,22 +182,31 @@ def fetch(root: str, text: str, folder: Path) -> Entry:
     entry = find(root, text)
     if folder.exists():
         raise ConfigError(f"--to ({folder}) is there already: name a folder that is not, or move it away")
-    target = staging = folder.with_name(f".{folder.name}.fetched")
-    if entry.kind == "reward_model":
-        *_, name, version = entry.uri.split("/")
-        target = staging / name / version
-    copy_folder(entry.uri, target, lambda text: print(text, file=sys.stderr, flush=True))
-    if entry.kind == "reward_model":
-        place = f"{entry.uri.rpartition('/')[0]}/config.pbtxt"
-        config = read_file(place)
-        if config is None:
-            raise ModelError(f"{place} is there no longer: export a version again, which writes it")
-        (target.parent / "config.pbtxt").write_bytes(config)
-    found = _digest(entry, target)
+    staging = folder.with_name(f".{folder.name}.fetched-{entry.name}-{entry.version}-{entry.sha256[:12]}")
+    target, on_note = staging, lambda text: print(text, file=sys.stderr, flush=True)
+    with disk_errors(folder):
+        if entry.kind == "reward_model":
+            *_, name, version = entry.uri.split("/")
+            target = staging / name / version
+        copy_folder(entry.uri, target, on_note, last=("DONE", "card.json"))
+        if entry.kind == "reward_model":
+            place = f"{entry.uri.rpartition('/')[0]}/config.pbtxt"
+            config = read_file(place)
+            if config is None:
+                raise ModelError(f"{place} is there no longer: export a version again, which writes it")
+            (target.parent / "config.pbtxt").write_bytes(config)
+        try:
+            _compare(entry, _digest(entry, target))
+        except AlignmentError:
+            shutil.rmtree(staging)  # else the next fetch would find it
+            raise
+        staging.rename(folder)
+    return entry
+
+
+def _compare(entry: Entry, found: str) -> None:
     if found != entry.sha256:
         raise ModelError(f"{entry.uri} has the digest {found}, and {entry.sha256} was registered: it is not that model")
-    staging.rename(folder)
-    return entry
 
 
 def _digest(entry: Entry, folder: Path) -> str:
@@ -202,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         if options.command == "list":
-            print(*(list(_lines(options.root)) or ["nothing is registered yet"]), sep="\n")
+            print(*(list(_lines(options.root)) or [f"nothing is registered yet in {options.root}"]), sep="\n")
         elif options.command == "show":
             print(json.dumps(asdict(find(options.root, options.name)), indent=2))
         elif options.command == "promote":

@@ -4,7 +4,8 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def write_new(place: str, data: bytes) -> None:
         write_bytes(place, data, if_absent=True)
         return
     path = Path(place)
-    staging = path.with_name(f".{path.name}-{os.getpid()}")
+    staging = path.with_name(f".{path.name}-{uuid.uuid4().hex}")  # nobody else's: a link shares its bytes
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         staging.write_bytes(data)
@@ -60,10 +61,16 @@ def read_alias(place: str) -> tuple[int | None, Any]:
         from alignment.s3_pointers import read_pointer
 
         pointer = read_pointer(place)
-        return (int(pointer.value), pointer.token) if pointer else (None, None)
+        return (_number(place, pointer.value), pointer.token) if pointer else (None, None)
     found = read_file(place)
-    version = int(found) if found else None
+    version = _number(place, found.decode(errors="replace")) if found else None
     return version, version
+
+
+def _number(place: str, text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise ModelError(f"{place} is no alias of a registry: it says {text[:20]!r}; remove it, then promote again")
+    return int(text)
 
 
 def move_alias(place: str, version: int, token: Any) -> None:
@@ -79,15 +86,18 @@ def move_alias(place: str, version: int, token: Any) -> None:
         write_text(Path(place), str(version))
 
 
-def copy_folder(uri: str, folder: Path, on_note: Callable[[str], None]) -> None:
-    """Copy a model's folder. Raises ModelError where it is there no longer, StorageError."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+def copy_folder(uri: str, folder: Path, on_note: Callable[[str], None], *, last: Sequence[str]) -> None:
+    """Copy a model's folder, files named `last` at the end. Raises ModelError where it is there no longer."""
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     if is_s3(uri) and list_objects(f"{uri}/"):
         from alignment.s3_folders import pull_folder
 
-        pull_folder(uri, folder, on_note=on_note)
+        pull_folder(uri, folder, last=last, on_note=on_note)
     elif not is_s3(uri) and Path(uri).is_dir():
-        shutil.copytree(uri, folder, dirs_exist_ok=True)
+        with disk_errors(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(uri, folder)
     else:
         raise ModelError(f"{uri} is there no longer: what is registered was moved or removed")
 

@@ -193,6 +193,10 @@ def test_each_bad_value_is_one_line_with_key_value_and_remedy() -> None:
             "reward_ensemble.shadows names reward_model, which scores already: take it out, or name another version",
         ),
         (
+            ["reward.name=policy"],
+            "reward.name (policy) is what the registry calls the policies of runs: give the reward model another name",
+        ),
+        (
             ["loop.executor=disaggregated"],
             "loop.executor (disaggregated) does one RS step an iteration: set loop.steps_per_iteration=1 (now 2), or "
             "loop.executor=colocated",

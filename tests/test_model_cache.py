@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from alignment.errors import StorageError
-from alignment.model_cache import cache_root, cached_folder
+from alignment.errors import ConfigError, StorageError
+from alignment.model_cache import cache_root, cached_folder, forget_folder, scratch_folder
 from alignment.s3_folders import push_folder
 from flaky_proxy import Fault, FlakyProxy
 from test_s3_transfer import contents, written
@@ -135,3 +135,32 @@ def test_a_folder_in_use_by_another_process_stays_until_that_is_killed(bucket: s
     use_once(f"{bucket}/c")
     use_once(f"{bucket}/b")
     assert cached() == {"b", "c"}
+
+
+def test_the_limit_of_a_node(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored(bucket, tmp_path, "a")
+    monkeypatch.setenv("RS_CACHE_LIMIT_GB", "0.00001")
+    with pytest.raises(StorageError, match="limit is 0 MB"):
+        use_once(f"{bucket}/a")
+    monkeypatch.setenv("RS_CACHE_LIMIT_GB", "much")
+    with pytest.raises(ConfigError, match=r"RS_CACHE_LIMIT_GB \(much\) must be a number above 0"):
+        use_once(f"{bucket}/a")
+
+
+def test_a_damaged_copy_is_forgotten(bucket: str, tmp_path: Path) -> None:
+    stored(bucket, tmp_path, "a")
+    (use_once(f"{bucket}/a") / "DONE").write_text("damaged")
+    forget_folder(f"{bucket}/a", "version")
+    assert (use_once(f"{bucket}/a") / "DONE").read_text().strip() == "a"
+
+
+def test_what_a_killed_export_left_goes_and_one_under_way_stays(own_cache: Path) -> None:
+    left = own_cache / "exports" / "left"
+    left.mkdir(parents=True)
+    (own_cache / "exports" / "left.lock").touch()
+    with scratch_folder() as first:
+        (first / "file").write_text("x")
+        assert not left.exists()
+        with scratch_folder() as second:
+            assert first.is_dir() and second != first
+    assert [path.name for path in (own_cache / "exports").iterdir()] == ["sweep"]

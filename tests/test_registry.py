@@ -83,11 +83,41 @@ def test_all_that_register_at_once_get_versions_of_their_own(root):
     assert {entry.uri for entry in entries(root, "policy")} == {f"/models/{i}" for i in range(1, 7)}
 
 
-def test_an_entry_that_is_none_is_named(tmp_path):
-    add(str(tmp_path))
+def test_an_entry_that_is_none_is_named_and_blocks_no_other(tmp_path, capsys):
+    add(str(tmp_path), 1)
+    second = add(str(tmp_path), 2)
     (tmp_path / "registry" / "policy" / "1.json").write_text("{}")
+    assert entries(str(tmp_path), "policy") == [second] and add(str(tmp_path), 3).version == 3
+    assert "policy/1.json is no entry of a registry" in capsys.readouterr().err
     with pytest.raises(ModelError, match=r"policy/1.json is no entry of a registry .*: remove it"):
-        entries(str(tmp_path), "policy")
+        find(str(tmp_path), "policy:1")
+    aliased = tmp_path / "registry" / "policy" / "aliases" / "promoted"
+    aliased.parent.mkdir()
+    aliased.write_text("x")
+    with pytest.raises(ModelError, match=r"aliases/promoted is no alias of a registry: it says 'x'; remove it"):
+        find(str(tmp_path), "policy@promoted")
+
+
+def test_what_a_failed_fetch_left_is_in_no_other_model(tmp_path, capsys):
+    root = str(tmp_path / "runs")
+    for number, files in (
+        (1, {"chat_template.jinja": "OLD", "model.safetensors": "a"}),
+        (2, {"model.safetensors": "b"}),
+    ):
+        folder = tmp_path / f"model-{number}"
+        folder.mkdir()
+        for name, text in files.items():
+            (folder / name).write_text(text)
+        register(root, "policy", "policy", str(folder), folder_digest(folder) if number == 2 else "f" * 64, "run-1")
+    with pytest.raises(ModelError, match="it is not that model"):
+        fetch(root, "policy:1", tmp_path / "out")
+    assert not list(tmp_path.glob(".out*"))
+    with pytest.raises(ModelError, match="it is not that model"):
+        located(root, "registry:policy:1", key="policy.model")
+    fetch(root, "policy:2", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    assert main(["--root", root, "fetch", "policy:2", "--to", str(tmp_path / "out" / "model.safetensors" / "x")]) == 1
+    assert "DiskError: cannot write" in capsys.readouterr().err
 
 
 def test_a_policy_is_fetched_verified_and_may_be_aligned(tmp_path, capsys):
@@ -137,7 +167,7 @@ def test_a_run_registers_what_it_evaluated_and_what_it_scored_with(tmp_path, cap
 def test_the_command_line_lists_shows_and_promotes(tmp_path, capsys):
     root = ["--root", str(tmp_path)]
     assert main([*root, "list"]) == 0
-    assert capsys.readouterr().out == "nothing is registered yet\n"
+    assert capsys.readouterr().out == f"nothing is registered yet in {tmp_path}\n"
     add(str(tmp_path), 1), add(str(tmp_path), 2)
     assert main([*root, "promote", "policy:1"]) == 0
     assert main([*root, "promote", "policy:2"]) == 0

@@ -237,3 +237,13 @@ def test_an_error_of_the_file_that_is_sent_stays_what_it_is() -> None:
 
     with pytest.raises(DataError, match="became shorter"), explained("s3://bucket/a"):
         raise HTTPClientError(error=DataError("became shorter"))
+
+
+@pytest.mark.parametrize("address", ["localhost:9000", "user:secretpw@localhost", "http://"])
+def test_an_endpoint_that_is_no_address_is_named_without_its_value(monkeypatch, address):
+    from alignment.errors import ConfigError
+    from alignment.s3_objects import read_bytes
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+    with pytest.raises(ConfigError, match=r"^AWS_ENDPOINT_URL is no address of a server: expected http://HOST:PORT"):
+        read_bytes("s3://somebucket/x")

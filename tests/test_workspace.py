@@ -3,7 +3,6 @@
 All on moto and on Ceph; a node is a workspace of its own.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -135,16 +134,16 @@ def test_of_two_writers_the_earlier_one_ends_with_an_error_that_names_the_run(no
         assert (run.checkpoints / "step-000001" / "model.safetensors").read_text() == "w 1"
 
 
-def test_a_checkpoint_that_somebody_else_sent_is_never_replaced(nodes):
+def test_what_a_writer_that_had_lost_the_run_sent_is_replaced_by_the_one_that_has_it(nodes, capsys):
     one, _ = nodes
     path = begin(one)
-    with contextlib.ExitStack() as stack:
-        run = stack.enter_context(opened(one, path))
+    with opened(one, path) as run:
         checkpoint(run, 1)
         write_bytes(f"{path}/checkpoints/step-000001/DONE", b"another manifest's sum")
-        with pytest.raises(StorageConflict, match=r"checkpoints/step-000001 was written by another process"):
-            stack.close()
-    assert there(f"{path}/checkpoints") == ["step-000001/DONE"]
+        write_bytes(f"{path}/checkpoints/step-000001/theirs", b"x")
+    assert read_bytes(f"{path}/checkpoints/step-000001/DONE")[0] == (run.checkpoints / "step-000001/DONE").read_bytes()
+    assert "checkpoints/step-000001/theirs" not in there(path)
+    assert "sent by a process that had lost the run: it is replaced" in capsys.readouterr().err
 
 
 def test_the_same_checkpoint_twice_is_no_conflict(nodes):
@@ -203,7 +202,7 @@ def test_a_reader_sends_nothing_and_takes_nothing_over(nodes):
     assert "mine" not in there(path)
 
 
-def test_an_error_of_the_sending_reaches_the_task(nodes, monkeypatch):
+def test_a_conflict_of_the_sending_reaches_the_task(nodes, monkeypatch):
     one, _ = nodes
     path = begin(one)
 
@@ -211,7 +210,7 @@ def test_an_error_of_the_sending_reaches_the_task(nodes, monkeypatch):
         raise StorageConflict("no")
 
     with pytest.raises(StorageConflict, match="no"), opened(one, path) as run:
-        monkeypatch.setattr("alignment.run_mirror.push_folder", refused)
+        monkeypatch.setattr("alignment.run_mirror.push_files", refused)
         checkpoint(run, 1)
         for _ in range(200):
             run.send()
