@@ -3,7 +3,7 @@
 # make bench    ratios against the peers' ways of scoring, sampling and training, with their targets; VLLM_PYTHON=PATH
 #               adds vLLM
 # make test     lint, types and tests
-# make test-all the same, and those that kill and resume runs at every moment
+# make test-all the same, those that kill and resume runs at every moment, and runs in phases and on S3 under faults
 # All make the virtual environment first; a stamp keeps that instant when nothing changed.
 PYTHON ?= python3.11
 VENV := .venv
@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run control bench test test-slow test-all lint clean help
+.PHONY: run control bench test test-slow test-long test-all lint clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -22,13 +22,17 @@ run: $(STAMP)
 
 ## The whole runs come first: they fill one of the two processes while the other does the rest.
 test: $(DEV_STAMP) lint
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder tests/test_flow.py tests
+	$(BIN)/python -m pytest -m "not slow and not long" -n 2 --dist loadfile --no-loadscope-reorder tests/test_flow.py tests
 
 ## Kills at every moment, one after the other: minutes of starting over.
 test-slow: $(DEV_STAMP)
 	$(BIN)/python -m pytest -m slow -n 2 tests
 
-test-all: test test-slow
+## Runs in phases and on S3 under faults: each starts dozens of tasks. One process, since they look for processes.
+test-long: $(DEV_STAMP)
+	$(BIN)/python -m pytest -m long tests
+
+test-all: test test-slow test-long
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

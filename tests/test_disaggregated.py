@@ -111,14 +111,14 @@ def test_the_inner_runs_are_found_by_their_tags(place, disaggregated):
     assert out.split() == [f"iteration:{step},{parent}" for step in (1, 2)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("shards", [1, 2])
 def test_the_number_of_shards_changes_nothing(place, bench, one_step, shards):
     settings = {**ONE_STEP, "phases__shards": shards, "reward__url": bench.url}
     same_run(one_step, place.run("run", flow="rs_iteration_flow", **settings))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_nodes_update_as_two_workers_do(place, bench):
     """The gang's nodes are processes of this machine, which is what Metaflow makes of one here."""
     own = {**ONE_STEP, "reward__url": bench.url, "training__zero_stage": 2}
@@ -131,7 +131,7 @@ def test_two_nodes_update_as_two_workers_do(place, bench):
     assert not place.processes()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_shards_that_are_lost_or_slow_are_repeated_alone(place, bench, one_step):
     """The second shard's process is killed, the third hangs until its time is over."""
     settings = {**ONE_STEP, "reward__url": bench.url, "phases__rollouts__timeout_s": 60}
@@ -146,7 +146,7 @@ def test_shards_that_are_lost_or_slow_are_repeated_alone(place, bench, one_step)
     same_run(one_step, Finished(0, output, place.latest()))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_step_that_failed_is_resumed_where_it_failed(place, bench, one_step):
     """Shards run one after another here, so that two have ended when the third is lost."""
     cores = len(os.sched_getaffinity(0))
@@ -163,7 +163,7 @@ def test_a_step_that_failed_is_resumed_where_it_failed(place, bench, one_step):
     same_run(one_step, resumed)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("end", ["kill -9", "SIGTERM", "Ctrl-C"])
 def test_a_run_whose_owner_is_killed_leaves_nothing_and_is_resumed(place, bench, one_step, end):
     before = place.latest()
@@ -183,7 +183,7 @@ def test_a_run_whose_owner_is_killed_leaves_nothing_and_is_resumed(place, bench,
     same_run(one_step, resumed)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_step_goes_on_without_a_shard_that_may_be_lost_but_not_without_two(place, bench, one_step):
     allowed = {"phases__max_lost_shards": 1, "phases__rollouts__retries": 0, "phases__scoring__retries": 0}
     started = place.start("run", **ONE_STEP, **allowed, reward__url=bench.url)
@@ -204,7 +204,7 @@ def test_a_step_goes_on_without_a_shard_that_may_be_lost_but_not_without_two(pla
     assert shards_done(output) == [(1, 1), (1, 3)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_more_shards_than_metaflow_allows_by_default(place, bench):
     """Sampling is a stand-in; the tasks, scoring and the update are real."""
     prompts = place.path / "many.jsonl"

@@ -19,7 +19,7 @@ from s3_servers import new_bucket, use
 from test_disaggregated import ONCE_EACH, ONE_STEP, shards_done
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_step_that_was_cut_off_is_ended_by_a_node_that_has_nothing(moto_server, tmp_path, monkeypatch):
     """Its first node is lost in the update. The other samples nothing anew, and ends as a local run does."""
     use(moto_server, monkeypatch)

@@ -96,7 +96,7 @@ def test_another_node_verifies_registers_and_fetches(elsewhere, run):
     assert verify(elsewhere.path / "policy", name=shown["uri"].rpartition("/")[2]).sha256 == shown["sha256"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_another_node_evaluates_what_is_promoted_against_the_base(elsewhere, run):
     assert elsewhere.tool("models.registry", "--root", elsewhere.root, "promote", "policy:1").status == 0
     done = elsewhere.run("run", flow="evaluate_flow", evaluation__model="registry:policy@promoted")
@@ -172,7 +172,7 @@ def plain(data: bytes) -> bytes:
         return data
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_node_that_is_lost_in_the_middle_costs_no_step_that_was_sent(ceph_server, tmp_path, monkeypatch):
     use(ceph_server, monkeypatch)
     node, local = Node(tmp_path / "node", new_bucket()), Place(tmp_path / "local")
@@ -208,7 +208,7 @@ def running(place: Place) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_a_fine_tuning_left_in_s3_is_aligned(ceph_server, tmp_path, monkeypatch):
     use(ceph_server, monkeypatch)
     node = Node(tmp_path, new_bucket())
@@ -225,7 +225,7 @@ def test_what_a_fine_tuning_left_in_s3_is_aligned(ceph_server, tmp_path, monkeyp
     assert first["parent"]["model"] == f"{sft}/model"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_reward_model_in_s3_is_found_again_by_its_recipe(ceph_server, tmp_path, monkeypatch):
     use(ceph_server, monkeypatch)
     node = Node(tmp_path, new_bucket())
@@ -235,7 +235,7 @@ def test_a_reward_model_in_s3_is_found_again_by_its_recipe(ceph_server, tmp_path
     assert "reward_model/1/card.json" in names(f"{node.root}/triton_repo")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_new_run_goes_on_from_one_in_s3(elsewhere, run):
     more = elsewhere.run("run", resume__from=run, loop__max_steps=5)
     assert more.status == 0, more.output[-4000:]
