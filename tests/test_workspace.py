@@ -111,13 +111,13 @@ def test_a_checkpoint_and_its_record_are_sent_while_the_task_goes_on(nodes):
 @pytest.mark.parametrize("end", [ValueError, KeyboardInterrupt, signal.SIGTERM])
 def test_what_a_task_leaves_is_sent_however_it_ends(nodes, end):
     one, two = nodes
-    path = begin(one)
+    path, before = begin(one), signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt if end is signal.SIGTERM else end), opened(one, path) as run:
         checkpoint(run, 1)
         if end is signal.SIGTERM:
             os.kill(os.getpid(), end)
         raise end
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
     with opened(two, path, writes=False) as run:
         assert len(finished(run.checkpoints)) == 1
 
