@@ -7,7 +7,7 @@ from typing import Any
 from alignment.config import Config
 from alignment.errors import CheckpointError, StoppedError
 from alignment.launch import run_workers
-from alignment.preparation import load_prompt_sets
+from alignment.preparation import total_steps
 from alignment.reward_server import RewardServer
 from alignment.run_events import listener
 from alignment.run_folder import RunFolder
@@ -23,7 +23,7 @@ def iterate(config: Config, run: RunFolder, reward: RewardModelRef, judge: Judge
     from models.checkpoints import newest_checkpoint
 
     claim_devices(config)
-    total = config.total_steps(len(load_prompt_sets(run.path).train))
+    total = total_steps(config, run.path)
     begun_at = newest_checkpoint(run.checkpoints)
     done = begun_at.step if begun_at else 0
     until = min((done // config.loop.steps_per_iteration + 1) * config.loop.steps_per_iteration, total)

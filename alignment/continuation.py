@@ -16,7 +16,7 @@ from typing import Any
 from alignment.atomic_files import disk_errors, write_json, write_text
 from alignment.config import Config, parse_config
 from alignment.errors import AlignmentError, CheckpointError, ConfigError
-from alignment.preparation import load_prompt_sets
+from alignment.preparation import total_steps
 from alignment.run_folder import RunFolder
 from alignment.s3 import is_s3
 from alignment.workspace import find_run, first_id_in_s3
@@ -109,7 +109,7 @@ def adopt(config: Config, source: RunFolder, run: RunFolder) -> None:
 
 def _check_goes_on(config: Config, source: RunFolder, done: int, version: str) -> None:
     """Raise ConfigError where the config asks for what a run that goes on cannot give."""
-    total = config.total_steps(len(load_prompt_sets(source.path).train))
+    total = total_steps(config, source.path)
     if total <= done:
         raise ConfigError(
             f"resume.from ({source.uri}) has {done} RS steps behind it, and this run is to have {total}: "

@@ -23,7 +23,7 @@ from alignment.errors import CheckpointError, ConfigError, WorkerError
 from alignment.launch import Gang, run_workers
 from alignment.node_gpus import take_gpu
 from alignment.phase_parts import Plain, rollout, sample, score, scored_rollout
-from alignment.preparation import load_prompt_sets
+from alignment.preparation import load_prompt_sets, total_steps
 from alignment.rollouts import in_prompt_order
 from alignment.run_folder import RunFolder
 from alignment.stages import begin, prepare_scorers
@@ -53,7 +53,7 @@ def begin_step(config: Config, run_path: str | None, run_id: str, resumed_id: st
             raise ConfigError(
                 f"the run {path} was begun with another config: give its own, --config config {path}/config.json"
             )
-        checkpoint, total = newest_checkpoint(run.checkpoints), _total_steps(config, run)
+        checkpoint, total = newest_checkpoint(run.checkpoints), total_steps(config, run.path)
     done = checkpoint.step if checkpoint else 0
     if done >= total:
         raise ConfigError(
@@ -153,7 +153,6 @@ def train(
 
     `scoring` is what `score_shards` returned. The first node returns a reference to the checkpoint, others nothing.
     """
-
     config = config.in_phase("update")
     claim_devices(config)
     with opened(config, place["run_path"], writes=gang.rank == 0) as run:
@@ -193,7 +192,7 @@ def validate(config: Config, place: Place, checkpoint: Mapping[str, Any]) -> Pla
     """
     step = place["step"]
     with opened(config, place["run_path"]) as run:
-        if not config.validates(step, _total_steps(config, run)):
+        if not config.validates(step, total_steps(config, run.path)):
             return {}
         _check_place(run, place, trained=checkpoint["sha256"])
         recorded = [r for r in run.read_metrics() if r["kind"] == "validation" and r["step"] == step]
@@ -218,7 +217,7 @@ def _validate(config: Config, run: RunFolder, place: Place, step: int) -> Plain:
 
 def _validation_missing(config: Config, run: RunFolder, step: int) -> bool:
     done = step - 1
-    return config.validates(done, _total_steps(config, run)) and done not in run.validations()
+    return config.validates(done, total_steps(config, run.path)) and done not in run.validations()
 
 
 def _shards(config: Config, run: RunFolder, step: int) -> list[Sequence[Prompt]]:
@@ -263,7 +262,3 @@ def _check_place(run: RunFolder, place: Place, *, or_done: bool = False, trained
 def _say(event: Mapping[str, Any]) -> None:
     if event["kind"] == "note":
         print(event["text"])
-
-
-def _total_steps(config: Config, run: RunFolder) -> int:
-    return config.total_steps(len(load_prompt_sets(run.path).train))

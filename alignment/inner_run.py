@@ -12,8 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,9 +22,9 @@ from typing import Any
 from alignment.config import Config
 from alignment.errors import CheckpointError, StoppedError, WorkerError
 from alignment.launch import SOURCE_ROOT, stop, worker_environment
-from alignment.lifeline import interrupt_grace_s
+from alignment.lifeline import acting_after, interrupt_grace_s
 from alignment.node_gpus import gpu_count
-from alignment.preparation import load_prompt_sets
+from alignment.preparation import total_steps
 from alignment.run_events import listener
 from alignment.run_folder import RunFolder
 from alignment.run_metrics import RunProgress, after, end_progress, write_progress
@@ -58,10 +58,11 @@ class _Todo:
         return self.step > self.done or self.origin is not None
 
 
-def iterate(config: Config, run_path: str) -> Checkpoint:
-    """The next RS step, or what is left of one that was begun. Raises AlignmentError.
+def iterate(config: Config, run_path: str) -> tuple[Checkpoint, bool]:
+    """The next RS step, or what is left of one that was begun; its checkpoint and whether steps are left.
 
     Its phases open the run by themselves, on whatever node they are; this task looks at it before and after.
+    Raises AlignmentError.
     """
     from models.checkpoints import newest_checkpoint
 
@@ -88,13 +89,13 @@ def iterate(config: Config, run_path: str) -> Checkpoint:
             raise CheckpointError(
                 f"{run.checkpoints} holds no checkpoint of RS step {todo.step}, which has just been made"
             )
-        return replace(checkpoint, uri=run.uri_of(Path(checkpoint.uri)))
+        return replace(checkpoint, uri=run.uri_of(Path(checkpoint.uri))), todo.step < todo.total
 
 
 def _todo(config: Config, run: RunFolder) -> _Todo:
     from models.checkpoints import newest_checkpoint
 
-    newest, total = newest_checkpoint(run.checkpoints), config.total_steps(len(load_prompt_sets(run.path).train))
+    newest, total = newest_checkpoint(run.checkpoints), total_steps(config, run.path)
     done = newest.step if newest else 0
     origin = _unfinished(config, run, done, None) if done else None
     step = done if origin or done == total else done + 1
@@ -159,9 +160,15 @@ def _run_step(config: Config, run: RunFolder, step: int, origin: str | None) -> 
         env=environment,
         start_new_session=True,  # Ctrl-C reaches this step, which then ends the inner run in order
     )
-    assert process.stdout is not None and process.stdin is not None
+    assert process.stdout is not None
+
+    def end_in_order() -> None:
+        stopped.set()
+        with suppress(OSError):
+            process.stdin.close()  # type: ignore[union-attr]
+
     try:
-        with _at(left, stopped, process):
+        with acting_after(left, end_in_order):
             for line in process.stdout:
                 sys.stdout.write(line)
                 sys.stdout.flush()
@@ -175,27 +182,6 @@ def _run_step(config: Config, run: RunFolder, step: int, origin: str | None) -> 
             f"RS step {step} failed in a run of {FLOW} of its own, whose lines are above. "
             "`python flows/rs_flow.py resume` does what it did not finish"
         )
-
-
-@contextmanager
-def _at(seconds: float | None, stopped: threading.Event, process: "subprocess.Popen[str]") -> Iterator[None]:
-    """End the inner run in order where the body takes longer than `seconds`."""
-    if seconds is None:
-        yield
-        return
-
-    def end() -> None:
-        stopped.set()
-        with suppress(OSError):
-            process.stdin.close()  # type: ignore[union-attr]
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def _unfinished(config: Config, run: RunFolder, step: int, from_sha256: str | None) -> str | None:

@@ -105,21 +105,28 @@ def interrupt_with_stdin(grace_s: float = INTERRUPTED_S) -> None:
 @contextlib.contextmanager
 def end_after(seconds: float | None) -> Iterator[None]:
     """End this process by force if the body takes longer, even where no Python code runs that could be interrupted."""
-    if seconds is None:
-        yield
-        return
 
     def end() -> None:
         print(f"this task has taken more than {seconds:.0f} s: it is ended", file=sys.stderr, flush=True)
         os._exit(OVERTIME)
 
-    force = threading.Timer(seconds, end)
-    force.daemon = True
-    force.start()
+    with acting_after(seconds, end):
+        yield
+
+
+@contextlib.contextmanager
+def acting_after(seconds: float | None, act: Callable[[], None]) -> Iterator[None]:
+    """Call `act` in a thread of its own once the body has taken that long; never with None."""
+    if seconds is None:
+        yield
+        return
+    timer = threading.Timer(seconds, act)
+    timer.daemon = True
+    timer.start()
     try:
         yield
     finally:
-        force.cancel()
+        timer.cancel()
 
 
 def _when_stdin_ends(act: Callable[[], None]) -> None:

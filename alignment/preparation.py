@@ -38,6 +38,11 @@ def cache_folder(config: Config) -> Path:
     return local_root(config.run) / "cache"
 
 
+def total_steps(config: Config, run: Path) -> int:
+    """RS steps of the whole run in the folder `run`, whose prompts are written."""
+    return config.total_steps(len(load_prompt_sets(run).train))
+
+
 def prepare(config: Config, run: Path, on_note: Callable[[str], None]) -> None:
     """Write the prompt sets of a run. Raises ConfigError, DataError or ModelError."""
     cache = cache_folder(config)

@@ -22,6 +22,7 @@ from typing import IO, Any, Protocol
 from alignment.atomic_files import disk_errors, json_text, write_atomically
 from alignment.atomic_files import write_json as write_json
 from alignment.errors import AlignmentError, ConfigError, DataError
+from alignment.metrics_file import end_of_records, locked, mend, parse_record
 from alignment.types import Decision, ScoredRollout
 
 COLUMNS = {
@@ -160,8 +161,8 @@ class RunFolder:
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Adds one record to metrics.jsonl and flushes it to disk. Raises DiskError."""
         line = (json_text(record) + "\n").encode()
-        with disk_errors(self.metrics), _locked_metrics(self), open(self.metrics, "ab+") as file:
-            _mend(file)
+        with disk_errors(self.metrics), locked(self.metrics), open(self.metrics, "ab+") as file:
+            mend(file)
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
@@ -175,15 +176,15 @@ class RunFolder:
             data = self.metrics.read_bytes()
         except FileNotFoundError:
             return []
-        lines = data[: _end_of_records(data)].splitlines()
-        return [_parse_record(self.metrics, number, line) for number, line in enumerate(lines, start=1)]
+        lines = data[: end_of_records(data)].splitlines()
+        return [parse_record(self.metrics, number, line) for number, line in enumerate(lines, start=1)]
 
     def truncate_metrics(self, after_step: int) -> None:
         """Forgets the "step" and "validation" records beyond RS step `after_step`, and an unfinished last line.
 
         A run that resumes from the checkpoint of `after_step` calls this before it appends.
         """
-        with disk_errors(self.metrics), _locked_metrics(self):
+        with disk_errors(self.metrics), locked(self.metrics):
             kept = [
                 r for r in self.read_metrics() if r.get("kind") not in ("step", "validation") or r["step"] <= after_step
             ]
@@ -283,47 +284,3 @@ def _rollout_table(step: int, scored: Sequence[ScoredRollout], decisions: Sequen
         return pa.Table.from_pylist(rows, schema=schema)
     except UnicodeEncodeError as error:
         raise DataError(f"RS step {step}: a text cannot be stored as UTF-8 ({error}): correct the prompts") from error
-
-
-@contextlib.contextmanager
-def _locked_metrics(folder: RunFolder) -> Iterator[None]:
-    """One writer of metrics.jsonl at a time: workers and the flow append to it, and a rewrite replaces the file."""
-    with open(folder.path / ".metrics.lock", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _end_of_records(data: bytes) -> int:
-    """Where the last whole record of `data` ends: a last line without a newline counts if it is a JSON object.
-
-    No proper prefix of an object is one, so an object that lacks only its newline is whole.
-    """
-    end = data.rfind(b"\n") + 1
-    try:
-        return len(data) if isinstance(json.loads(data[end:]), dict) else end
-    except ValueError:
-        return end
-
-
-def _mend(file: IO[bytes]) -> None:
-    """Makes a file that is open for appending end with a whole line."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(size - 1, 0))
-    if not size or file.read(1) == b"\n":
-        return
-    file.seek(0)
-    data = file.read()
-    end = _end_of_records(data)
-    file.truncate(end)
-    if end and not data[:end].endswith(b"\n"):
-        file.write(b"\n")
-
-
-def _parse_record(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{path}:{number}: not JSON ({error}): remove the line, then resume the run") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{path}:{number}: a record is a JSON object, got {line[:60]!r}: remove the line")
-    return record

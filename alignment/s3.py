@@ -8,8 +8,6 @@ import re
 from dataclasses import dataclass
 
 from alignment.errors import ConfigError
-from alignment.s3_connection import s3_client as s3_client
-from alignment.s3_errors import explained as explained
 
 SCHEME = "s3://"
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]")

@@ -106,17 +106,15 @@ def run_iteration(
 ) -> tuple[dict[str, Any], bool]:
     """The next iteration of RS steps; returns a reference to its last checkpoint and whether steps are left."""
     from alignment import colocated, inner_run
-    from alignment.preparation import load_prompt_sets
+    from alignment.preparation import total_steps
 
     if config.loop.executor == "disaggregated":
-        checkpoint = inner_run.iterate(config, run_path)
-    else:
-        with opened(config, run_path) as run:
-            own = colocated.iterate(config, run, RewardModelRef(**reward), _judge_in(run, judge))
-            checkpoint = replace(own, uri=run.uri_of(Path(own.uri)))
-    with opened(config, run_path, writes=False) as run:
-        total = config.total_steps(len(load_prompt_sets(run.path).train))
-    return asdict(checkpoint), checkpoint.step < total
+        checkpoint, steps_left = inner_run.iterate(config, run_path)
+        return asdict(checkpoint), steps_left
+    with opened(config, run_path) as run:
+        own = colocated.iterate(config, run, RewardModelRef(**reward), _judge_in(run, judge))
+        checkpoint = replace(own, uri=run.uri_of(Path(own.uri)))
+        return asdict(checkpoint), checkpoint.step < total_steps(config, run.path)
 
 
 def _judge_in(run: RunFolder, judge: dict[str, Any]) -> JudgeRef:

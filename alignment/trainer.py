@@ -16,7 +16,7 @@ from alignment.engine import Ranks, any_rank, learning_rate, optimizer_tensors, 
 from alignment.hosted_optimizer import HostedOptimizer, hosted_optimizer
 from alignment.mix_in import load_mix_in, mixed
 from alignment.policy_source import base_folder
-from alignment.preparation import load_prompt_sets
+from alignment.preparation import total_steps
 from alignment.provenance import describe_base, keep_manifests, provenance
 from alignment.rollout_engine import load_engine
 from alignment.run_folder import RunFolder
@@ -132,7 +132,7 @@ def load_trainer(config: Config, run: RunFolder, ranks: Ranks, *, updates_only: 
         engine=engine,
         start=manifest["step"],
         validated=manifest["step"] in run.validations(),
-        total_steps=config.total_steps(len(load_prompt_sets(run.path).train)),
+        total_steps=total_steps(config, run.path),
         lost_moments=lost_moments,
         demonstrations=load_mix_in(config, run.path),
         base={} if checkpoint else describe_base(config.policy.model, source, policy.model.config),

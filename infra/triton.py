@@ -16,20 +16,18 @@ owner of the pipe ends, however it ends.
 
 import argparse
 import ctypes
-import ipaddress
 import itertools
 import os
 import secrets
 import select
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -38,7 +36,8 @@ from alignment.errors import AlignmentError, RewardServerError
 from infra.triton_follow import Follower
 from infra.triton_health import CANARY_S, answers, feel_pulse, living_children, loading_failure, ready_versions
 from infra.triton_leftovers import SHARED_MEMORY, BackendFolder, owner, sweep
-from infra.triton_setup import EXIT_TIMEOUT_S, Ports, Prepared, drop_deleted, free_ports, prepare, servable_versions
+from infra.triton_options import asked_ports, asked_repository, parser
+from infra.triton_setup import EXIT_TIMEOUT_S, Ports, Prepared, drop_deleted, prepare, servable_versions
 
 START_S = 600.0
 """Within this time a server has to get ready: one that lacks a model's versions would wait for ever."""
@@ -194,7 +193,7 @@ def _stop(process: subprocess.Popen[bytes], prefix: str, grace_s: float) -> None
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line: 0 after a stop that was asked for, 1 when the server failed, 2 when there is nothing to serve."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     stopping: list[int] = []
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
@@ -209,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     with ExitStack() as stack:
         try:
-            repository = stack.enter_context(_repository(options))
+            repository = stack.enter_context(asked_repository(options))
             models = servable_versions(repository, options.model, options.version)
             for name, version in options.also:
                 found = servable_versions(repository, name, version)[name]
@@ -230,7 +229,7 @@ def _serve(
 ) -> int:
     """0 after a stop that was asked for, 1 when the server failed."""
     try:
-        ports = _ports(options)
+        ports = asked_ports(options)
         with ExitStack() as stack:
             log = stack.enter_context(options.log.open("ab")) if options.log else sys.stderr.buffer
             serve(
@@ -251,97 +250,6 @@ def _serve(
         print(f"{error}{tail}", file=sys.stderr)
         return 1
     return 0
-
-
-@contextmanager
-def _repository(options: argparse.Namespace) -> Iterator[Path]:
-    """The repository's folder; of one under s3:// a copy of what is to be served. Raises AlignmentError."""
-    from alignment.s3 import is_s3
-
-    if not is_s3(options.repository):
-        yield Path(options.repository)
-        return
-    if options.follow:
-        raise RewardServerError(
-            f"--follow looks at a folder, and {options.repository} is none: serve it without, and start it again for "
-            "newer versions"
-        )
-    from alignment.config_sections import RunSection
-    from alignment.reward_repository import local_repository, served_versions
-
-    uri = options.repository.rstrip("/")
-    served = served_versions(uri, options.model, options.version)
-    if not served:
-        wanted = f"{options.model or 'any model'}{f' version {options.version}' if options.version else ''}"
-        raise RewardServerError(
-            f"no exported version of {wanted} in {uri}: `python flows/rs_flow.py run` exports one (to "
-            "reward.repository); `python -m models.policy_export` exports a policy"
-        )
-    for name, version in options.also:
-        if not served_versions(uri, name, version):
-            raise RewardServerError(f"--also ({name}/{version}): {uri} has no such exported version")
-    versions = [*served, *options.also]
-    with local_repository(uri, versions, RunSection()) as folder:
-        yield folder
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m infra.triton", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--repository", required=True, help="folder or s3:// prefix of exports (reward.repository)")
-    parser.add_argument("--model", help="serve this model alone")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--version", help="serve this version alone")
-    which.add_argument("--follow", action="store_true", help="serve versions that are exported later, too")
-    also = "with --model, serve this version of this model too; may be repeated"
-    parser.add_argument("--also", type=_model_version, action="append", default=[], metavar="NAME/VERSION", help=also)
-    for kind in ("grpc", "http", "metrics"):
-        parser.add_argument(f"--{kind}-port", type=_port, default=0, help="0 picks a free one")
-    opened = "IPv4 address to listen at; 0.0.0.0 lets in whoever reaches this machine (default: 127.0.0.1)"
-    parser.add_argument("--host", type=_address, default="127.0.0.1", help=opened)
-    installed = "folder of an installed Triton, e.g. /opt/tritonserver; the wheel's server if left out"
-    parser.add_argument("--tritonserver", type=Path, metavar="DIR", help=installed)
-    parser.add_argument("--threads", type=int, help="torch threads of the model; all cores if left out")
-    parser.add_argument("--log", type=Path, help="file for tritonserver's output; stderr if left out")
-    parser.add_argument("--watch-stdin", action="store_true", help="end when stdin ends")
-    return parser
-
-
-def _port(text: str) -> int:
-    if not text.isdigit() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port: give a number from 0 to 65535")
-    return int(text)
-
-
-def _address(text: str) -> str:
-    try:
-        return str(ipaddress.IPv4Address(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no IPv4 address: give e.g. 127.0.0.1 or 0.0.0.0") from error
-
-
-def _model_version(text: str) -> tuple[str, str]:
-    name, _, version = text.partition("/")
-    if not name or not version.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no version of a model: give e.g. reward_model/2")
-    return name, version
-
-
-def _ports(options: argparse.Namespace) -> Ports:
-    """The ports asked for, free ones for 0. Raises RewardServerError for one that is taken."""
-    asked = (options.grpc_port, options.http_port, options.metrics_port)
-    for kind, port in zip(("grpc", "http", "metrics"), asked, strict=True):
-        with socket.socket() as s:
-            # Like a server: a port whose old connections linger is free.
-            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                s.bind((options.host, port))
-            except OSError as error:
-                key = "reward.grpc_port or --grpc-port" if kind == "grpc" else f"--{kind}-port"
-                raise RewardServerError(
-                    f"port {port} on {options.host} is not free ({error.strerror}): set {key} to another, or to 0"
-                ) from error
-    grpc, http, metrics = (port or free for port, free in zip(asked, free_ports(3), strict=True))
-    return Ports(grpc, http, metrics, options.host)
 
 
 def _announce(served: list[tuple[str, str]], ports: Ports, log: Path | None) -> None:

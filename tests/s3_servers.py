@@ -53,7 +53,7 @@ def use(server: S3Server, monkeypatch: pytest.MonkeyPatch, url: str | None = Non
 
 def new_bucket() -> str:
     """`s3://…` of a new bucket on the server that is in use."""
-    from alignment.s3 import s3_client
+    from alignment.s3_connection import s3_client
 
     name = f"tests-{uuid.uuid4().hex[:12]}"
     s3_client().create_bucket(Bucket=name)
@@ -62,7 +62,8 @@ def new_bucket() -> str:
 
 def object_metadata(uri: str) -> dict[str, Any]:
     """What a HEAD says of an object."""
-    from alignment.s3 import parse_uri, s3_client
+    from alignment.s3 import parse_uri
+    from alignment.s3_connection import s3_client
 
     location = parse_uri(uri)
     return s3_client().head_object(Bucket=location.bucket, Key=location.key)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from infra.triton import _parser
+from infra.triton_options import parser
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCKER = ROOT / "infra" / "docker"
@@ -81,7 +81,7 @@ def test_the_servers_packages_have_the_runs_versions() -> None:
 
 
 def launcher_options(words: list[str]):
-    return _parser().parse_args(words)
+    return parser().parse_args(words)
 
 
 def test_the_servers_image_starts_the_launcher_with_arguments_that_it_takes() -> None:

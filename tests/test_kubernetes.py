@@ -8,7 +8,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from infra.triton import _parser
+from infra.triton_options import parser
 from manifests import MANIFESTS, ROOT, objects_of, only, rendered, rendered_together
 
 KUBERNETES = "1.29"
@@ -134,7 +134,7 @@ def test_pods_have_no_rights_and_probes_by_canary() -> None:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_the_launcher_takes_the_containers_arguments(overlay: str) -> None:
     container = triton(rendered(MANIFESTS / "overlays" / overlay))
-    options = _parser().parse_args(container["args"])
+    options = parser().parse_args(container["args"])
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert (options.grpc_port, options.metrics_port) == (ports["grpc"], ports["metrics"])
     assert options.host == "0.0.0.0" and options.follow and options.model == "reward_model"

@@ -207,7 +207,7 @@ def test_a_task_killed_before_it_told_of_a_step_tells_of_it_when_resumed(
 ) -> None:
     with patch.object(inner_run, "_unfinished", lambda *_: None):
         for _ in range(2):
-            assert inner_run.iterate(step.config, str(step.run.path)).step == 1
+            assert inner_run.iterate(step.config, str(step.run.path))[0].step == 1
     assert capsys.readouterr().err.count("step 1/1") == 1
 
 

@@ -309,7 +309,8 @@ def test_metrics_that_are_replaced_while_they_are_fetched_are_fetched_as_they_ar
 
 def test_a_removed_checkpoint_leaves_no_unfinished_upload(nodes, tmp_path: Path):
     from alignment.run_checkpoints import remove_checkpoint
-    from alignment.s3 import object_location, s3_client
+    from alignment.s3 import object_location
+    from alignment.s3_connection import s3_client
     from alignment.s3_unfinished import unfinished_uploads
 
     one, *_ = nodes
@@ -322,7 +323,7 @@ def test_a_removed_checkpoint_leaves_no_unfinished_upload(nodes, tmp_path: Path)
 
 
 def test_an_object_with_an_empty_part_in_its_name_is_named(bucket, tmp_path):
-    from alignment.s3 import s3_client
+    from alignment.s3_connection import s3_client
 
     s3_client().put_object(Bucket=bucket.removeprefix("s3://"), Key="odd//x", Body=b"1")
     with pytest.raises(StorageError, match=r"odd//x: its name has an empty part \(//\)"):

@@ -10,7 +10,9 @@ import pytest
 
 from alignment import s3_connection
 from alignment.errors import ConfigError, DataError, StorageConflict, StorageError
-from alignment.s3 import explained, is_s3, parse_uri, s3_client
+from alignment.s3 import is_s3, parse_uri
+from alignment.s3_connection import s3_client
+from alignment.s3_errors import explained
 from alignment.s3_objects import (
     delete_objects,
     list_objects,

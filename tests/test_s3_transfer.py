@@ -10,7 +10,8 @@ import pytest
 from alignment import s3_transfer
 from alignment.errors import DataError, DiskError, StorageError
 from alignment.progress import TransferLines
-from alignment.s3 import parse_uri, s3_client
+from alignment.s3 import parse_uri
+from alignment.s3_connection import s3_client
 from alignment.s3_download import partial_path
 from alignment.s3_folders import pull_folder, push_folder
 from alignment.s3_objects import SHA256, list_objects, read_bytes, stat_object, write_bytes
@@ -342,15 +343,24 @@ def test_a_folder_that_is_interrupted_has_no_marker(flaky: FlakyProxy, bucket: s
     assert contents(tmp_path / "back") == {**FILES, "a.json": b"[1]"}
 
 
-@pytest.mark.parametrize("name", ["../outside", "a/../../outside", "/outside", "a//b", "link/outside"])
-def test_a_name_that_leads_out_of_the_folder_is_refused(bucket: str, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name, why",
+    [
+        ("../outside", "its name leads out of"),
+        ("a/../../outside", "its name leads out of"),
+        ("/outside", "its name has an empty part"),
+        ("a//b", "its name has an empty part"),
+        ("link/outside", "its name leads out of"),
+    ],
+)
+def test_a_name_that_leads_out_of_the_folder_is_refused(bucket: str, tmp_path: Path, name: str, why: str) -> None:
     location = parse_uri(bucket)
     for key in (f"one/{name}", "one/fine"):
         s3_client().put_object(Bucket=location.bucket, Key=key, Body=b"x")
     back = tmp_path / "back"
     back.mkdir()
     (back / "link").symlink_to(tmp_path)
-    with pytest.raises(StorageError, match=r"its name (leads out of|has an empty part)"):
+    with pytest.raises(StorageError, match=why):
         pull_folder(f"{bucket}/one", back)
     assert not (tmp_path / "outside").exists() and [path.name for path in back.iterdir()] == ["link"]
 
