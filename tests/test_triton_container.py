@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from infra import triton, triton_canary
+from infra import triton, triton_canary, triton_options
 from infra.triton_setup import Ports, _wheel, free_ports, prepare
 from reward_fixtures import export_tiny, served_repository
 
@@ -52,7 +52,7 @@ def test_a_folder_without_a_server_is_named(tmp_path, capfd):
 
 def test_an_address_that_is_none_is_refused(capsys):
     with pytest.raises(SystemExit):
-        triton._parser().parse_args(["--repository", "r", "--host", "localhost"])
+        triton_options.parser().parse_args(["--repository", "r", "--host", "localhost"])
     assert "'localhost' is no IPv4 address: give e.g. 127.0.0.1 or 0.0.0.0" in capsys.readouterr().err
 
 
@@ -62,5 +62,5 @@ def test_loopback_is_the_default(tmp_path):
     assert {word for word in prepared.command if "-address=" in word} == {
         f"--{kind}-address=127.0.0.1" for kind in ("grpc", "http", "metrics")
     }
-    assert triton._parser().parse_args(["--repository", "r"]).host == "127.0.0.1"
+    assert triton_options.parser().parse_args(["--repository", "r"]).host == "127.0.0.1"
     assert Ports(1, 2, 3, "0.0.0.0").url == "127.0.0.1:1" and Ports(1, 2, 3, "10.0.0.5").url == "10.0.0.5:1"
