@@ -29,7 +29,7 @@ def iterate(config: Config, run: RunFolder, reward: RewardModelRef, judge: Judge
     until = min((done // config.loop.steps_per_iteration + 1) * config.loop.steps_per_iteration, total)
     stopped: list[dict[str, Any]] = []
     with (
-        timed_task(run, "iterate") as work_begins,
+        timed_task(run, "iterate") as clock,
         served(config, run, reward) as server,
         tracker(config, run) as wandb_run,
     ):
@@ -38,7 +38,9 @@ def iterate(config: Config, run: RunFolder, reward: RewardModelRef, judge: Judge
         def on_event(event: dict[str, Any]) -> None:
             listen(event)
             if event["kind"] == "ready":
-                work_begins()
+                clock.work_begins()
+            elif event["kind"] == "checkpoint":
+                clock.saved(event["seconds"])
             elif event["kind"] == "stopped":
                 stopped.append(event)
 

@@ -212,17 +212,35 @@ def ready_timeout_s(config: Config) -> float:
     return config.reward.timeout_s if config.reward.url else START_S
 
 
+class TaskClock:
+    """What a task's seconds went to, marked as it goes: `starting` until its work began, `saving` its checkpoints,
+    and `ending` after the last of them."""
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+        self._saved_at = self._begun
+        self._found: dict[str, Any] = {}
+
+    def work_begins(self) -> None:
+        """The first call counts."""
+        self._found.setdefault("starting", time.monotonic() - self._begun)
+
+    def saved(self, seconds: float) -> None:
+        """A checkpoint was written just now, in so many seconds."""
+        self._saved_at = time.monotonic()
+        self._found["saving"] = self._found.get("saving", 0.0) + seconds
+        self._found["checkpoints"] = self._found.get("checkpoints", 0) + 1
+
+    def record(self, name: str) -> dict[str, Any]:
+        """The "task" record of metrics.jsonl."""
+        now = time.monotonic()
+        ending = {"ending": now - self._saved_at} if "saving" in self._found else {}
+        return {"kind": "task", "name": name, "seconds": now - self._begun, **self._found, **ending}
+
+
 @contextmanager
-def timed_task(run: RunFolder, name: str) -> Iterator[Callable[[], None]]:
-    """Adds a "task" record with the seconds that the body took, once it has ended well.
-
-    The body may call what it is given when its work begins: the seconds until the first call are `starting`.
-    """
-    begun = time.monotonic()
-    starting: dict[str, float] = {}
-
-    def work_begins() -> None:
-        starting.setdefault("starting", time.monotonic() - begun)
-
-    yield work_begins
-    run.append_metrics({"kind": "task", "name": name, "seconds": time.monotonic() - begun, **starting})
+def timed_task(run: RunFolder, name: str) -> Iterator[TaskClock]:
+    """Adds a "task" record with the seconds that the body took, once it has ended well; the body may mark them."""
+    clock = TaskClock()
+    yield clock
+    run.append_metrics(clock.record(name))

@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,9 +121,10 @@ def run_iteration(session: "Session", until: int) -> None:
             if config.validates(step, trainer.total_steps):
                 _record(session, validate(session, step))
             if step % config.loop.save_interval == 0 or step == until:
+                begun = time.monotonic()
                 save_checkpoint(trainer, step)
                 saved = step
-                session.emit({"kind": "checkpoint", "step": step})
+                session.emit({"kind": "checkpoint", "step": step, "seconds": time.monotonic() - begun})
     except Interrupted as interrupted:
         if trained > saved:
             save_checkpoint(trainer, trained)

@@ -1,11 +1,11 @@
 """What the flow around the work costs: useful over all seconds of a long run, extrapolated from a short one.
 
-    python -m benchmarks.flow_overhead [--run FOLDER] [--steps N] [--steps-per-iteration N]
+    python -m benchmarks.flow_overhead [--run FOLDER] [--steps N] [--steps-per-iteration N] [--steps-per-save N]
 
 Without --run it runs the default task for three iterations. Useful are the seconds of rollouts, scoring, updates and
-validations. The rest is what an iteration starts with (a Metaflow task, the reward server, a worker, its model) and
-what each step leaves besides (files, checkpoints); both are measured for each iteration and give a ratio each. What
-comes before the first step, its validation too, and after the last is counted once, as lost.
+validations. The rest is what an iteration starts and ends with (a Metaflow task, the reward server, a worker, its
+model), each checkpoint, and what a step leaves besides (files); all are measured for each iteration and give a ratio
+each. What comes before the first step, its validation too, and after the last is counted once, as lost.
 """
 
 import argparse
@@ -27,32 +27,49 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python -m benchmarks.flow_overhead"
 RUN = "loop.max_steps=12"
 """Three iterations of the preset; how often it validates and saves is its own."""
-STEPS, STEPS_PER_ITERATION = 1000, 50
+STEPS, STEPS_PER_ITERATION, STEPS_PER_SAVE = 1000, 50, 25
+"""The preset saves every fourth step, a minute and a half apart: this run, every ten minutes."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """A run of `steps`, so many of them to an iteration and to a checkpoint."""
+
+    steps: int
+    per_iteration: int
+    per_save: int
 
 
 @dataclass(frozen=True)
 class Iteration:
-    """An iteration's seconds: `work` of its `steps`, `validating`, `starting` before the first, `seconds` in all."""
+    """An iteration's seconds: `work` of its `steps`, `validating`, `starting` before the first, `saving` its
+    `checkpoints`, `ending` after the last of them, `seconds` in all."""
 
     steps: int
     work: float
     validating: float
     starting: float
+    saving: float
+    checkpoints: int
+    ending: float
     seconds: float
 
-    def share(self, *, steps: int, steps_per_iteration: int, validation: float, between: float, around: float) -> float:
-        """Useful over all seconds of a run of `steps` whose steps and iterations cost what these did.
+    def share(self, pace: Pace, *, validation: float, between: float, around: float) -> float:
+        """Useful over all seconds of a run whose steps, checkpoints and iterations cost what these did.
 
         `validation` are the seconds of validations per step, `between` those from one iteration's end to the next
         one's start, `around` those of the run outside its iterations.
         """
-        useful = (self.work / self.steps + validation) * steps
-        beside = (self.seconds - self.starting - self.work - self.validating) / self.steps * steps
-        return useful / (useful + beside + (self.starting + between) * steps / steps_per_iteration + around)
+        useful = (self.work / self.steps + validation) * pace.steps
+        known = self.starting + self.work + self.validating + self.saving + self.ending
+        beside = (self.seconds - known) / self.steps * pace.steps
+        saving = self.saving / self.checkpoints * pace.steps / pace.per_save
+        iterations = (self.starting + self.ending + between) * pace.steps / pace.per_iteration
+        return useful / (useful + beside + saving + iterations + around)
 
 
 def iterations(metrics: Sequence[Mapping[str, Any]]) -> list[Iteration]:
-    """The iterations that metrics.jsonl tells of. Raises DataError where one does not say how long it was starting."""
+    """The iterations that metrics.jsonl tells of. Raises DataError where one lacks what is looked for."""
     found: list[Iteration] = []
     steps, work, validating = 0, 0.0, 0.0
     for entry in metrics:
@@ -61,16 +78,17 @@ def iterations(metrics: Sequence[Mapping[str, Any]]) -> list[Iteration]:
         elif entry["kind"] == "validation":
             validating += entry["seconds"]
         elif entry["kind"] == "task" and entry["name"] == "iterate":
-            if "starting" not in entry or not steps:
+            if not {"starting", "saving"} <= set(entry) or not steps:
                 raise DataError(
                     "an iteration of this run was interrupted, or written by an older version: name another"
                 )
-            found.append(Iteration(steps, work, validating, entry["starting"], entry["seconds"]))
+            parts = {key: entry[key] for key in ("starting", "saving", "checkpoints", "ending", "seconds")}
+            found.append(Iteration(steps, work, validating, **parts))
             steps, work, validating = 0, 0.0, 0.0
     return found
 
 
-def overhead(run: RunFolder, *, steps: int, steps_per_iteration: int) -> Result:
+def overhead(run: RunFolder, pace: Pace) -> Result:
     """The result of a finished run. Raises DataError."""
     if not run.report_json.exists():
         raise DataError(f"--run ({run.path}): holds no report.json, so it is no finished run: name another, or none")
@@ -86,15 +104,16 @@ def overhead(run: RunFolder, *, steps: int, steps_per_iteration: int) -> Result:
         "between": between,
         "around": before_step_1 + sum(t["seconds"] + between for t in tasks if t["name"] != "iterate"),
     }
-    own = config["loop"]["steps_per_iteration"]
-    shares, as_here = (
-        [one.share(steps=steps, steps_per_iteration=n, **costs) for one in measured] for n in (steps_per_iteration, own)
-    )
+    loop = config["loop"]
+    own = Pace(pace.steps, loop["steps_per_iteration"], loop["save_interval"])
+    shares, as_here = ([one.share(each, **costs) for one in measured] for each in (pace, own))
     one = measured[-1]
     against = (
-        f"a run of {steps} RS steps, {steps_per_iteration} an iteration, each as long as here: "
-        f"{one.work / one.steps:.1f} s of work, {one.starting:.1f} s to start an iteration, {between:.1f} s between; "
-        f"with {own} an iteration, as the preset has it, {statistics.median(as_here):.3f}"
+        f"a run of {pace.steps} RS steps, {pace.per_iteration} an iteration and {pace.per_save} a checkpoint, each as "
+        f"long as here: {one.work / one.steps:.1f} s of work; {one.starting:.1f} s to start an iteration, "
+        f"{one.ending:.1f} s to end it, {between:.1f} s between; {one.saving / one.checkpoints:.1f} s a checkpoint; "
+        f"with {own.per_iteration} an iteration and {own.per_save} a checkpoint, as here, "
+        f"{statistics.median(as_here):.3f}"
     )
     return result("flow_overhead", shares, target=0.97, against=against, command=COMMAND)
 
@@ -105,6 +124,7 @@ def main() -> int:
     parser.add_argument("--run", type=Path, help="folder of a finished run of this version; without it one is made")
     parser.add_argument("--steps", type=int, default=STEPS, help="RS steps of the long run")
     parser.add_argument("--steps-per-iteration", type=int, default=STEPS_PER_ITERATION)
+    parser.add_argument("--steps-per-save", type=int, default=STEPS_PER_SAVE)
     options = parser.parse_args()
     return shown(lambda: measured(options))
 
@@ -113,7 +133,7 @@ def measured(options: argparse.Namespace) -> list[Result]:
     """The result, recorded. Raises DataError."""
     with tempfile.TemporaryDirectory(prefix="flow-overhead-") as scratch:
         run = RunFolder(options.run or _run(Path(scratch)))
-        made = [overhead(run, steps=options.steps, steps_per_iteration=options.steps_per_iteration)]
+        made = [overhead(run, Pace(options.steps, options.steps_per_iteration, options.steps_per_save))]
     record(made)
     return made
 

@@ -12,6 +12,8 @@ from torch import nn
 PREFILL_ROWS = 512
 """Rows of a matrix product in prefill, where more make it no faster."""
 SECONDS_PER_SHAPE = 0.25
+STREAMED_BYTES = 400e6
+"""Weights that take turns where each is to come from memory: more than a core's caches hold."""
 
 Shape = tuple[int, int, int]
 """Rows, inputs and outputs of a matrix product."""
@@ -19,9 +21,13 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """`seconds` for `operations` floating-point operations."""
+    """`seconds` for `operations` floating-point operations, each product's weight in the cache.
+
+    `streamed_seconds`, where it has to come from memory, as all of a model's do for every token.
+    """
 
     seconds: float
+    streamed_seconds: float
     operations: float
 
 
@@ -31,9 +37,13 @@ def limit_seconds(model: Any, lengths: Sequence[int], *, samples: int, tokens: i
     Attention counts with its operations at the mean rate of the products; norms, activations and drawing count nothing.
     """
     work = products(model, lengths, samples=samples, tokens=tokens)
-    seconds = sum(count * 2 * s[1] * s[2] / _rate(s) for s, count in work.items())
     counted, attended = _operations(work), _attention(model.config, lengths, samples, tokens)
-    return Limit(seconds * (1 + attended / counted), counted + attended)
+    seconds, streamed = (
+        sum(count * 2 * s[1] * s[2] / _rate(s, streamed_bytes) for s, count in work.items())
+        for streamed_bytes in (0.0, STREAMED_BYTES)
+    )
+    whole = 1 + attended / counted
+    return Limit(seconds * whole, streamed * whole, counted + attended)
 
 
 def operations(model: Any, lengths: Sequence[int], *, samples: int, tokens: int) -> float:
@@ -68,13 +78,17 @@ def _attention(config: Any, lengths: Sequence[int], samples: int, tokens: int) -
     return 4.0 * pairs * config.num_hidden_layers * config.num_attention_heads * size
 
 
-def _rate(shape: Shape) -> float:
-    """Floating-point operations a second of `rows` × inputs by inputs × outputs, as a linear layer does them."""
+def _rate(shape: Shape, streamed_bytes: float) -> float:
+    """Floating-point operations a second of `rows` × inputs by inputs × outputs, as a linear layer does them.
+
+    The weights that take turns are `streamed_bytes` in all; one where that is less.
+    """
     rows, inputs, outputs = shape
-    x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
-    nn.functional.linear(x, weight)
+    x = torch.randn(rows, inputs)
+    weights = torch.randn(max(1, int(streamed_bytes / (4 * inputs * outputs))), outputs, inputs)
+    nn.functional.linear(x, weights[0])
     begun, count = time.perf_counter(), 0
     while time.perf_counter() - begun < SECONDS_PER_SHAPE:
-        nn.functional.linear(x, weight)
+        nn.functional.linear(x, weights[count % len(weights)])
         count += 1
     return 2.0 * rows * inputs * outputs * count / (time.perf_counter() - begun)

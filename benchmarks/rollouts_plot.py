@@ -53,13 +53,13 @@ def _measured(source: Path, samples: int, tokens: int, threads: int) -> dict[str
 
 
 def main() -> None:
-    """One point: seconds of a run after one to warm up, and what the peak of memory is above the loaded weights."""
-    import resource
+    """One point: seconds of a run after one to warm up, and its peak of memory above what stood before it."""
     import time
 
     import torch
 
     from benchmarks.rollouts import Bench, workload
+    from benchmarks.update_parts import memory_mb, reset_peak
     from models.memory import keep_freed_memory
     from models.policy import load_policy
 
@@ -73,12 +73,12 @@ def main() -> None:
     prompts, numbers = workload(PROMPTS, options.samples, options.tokens)
     bench = Bench(load_policy(options.source, prompt_format="text").model, prompts, numbers, 1, print)
     bench.drawn(prompts[:1], numbers[:1, :1, :2], BATCH_TOKENS)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    reset_peak()  # which loading the weights left higher than what they take
+    before = memory_mb("VmHWM")
     begun = time.perf_counter()
     bench.drawn(prompts, numbers, BATCH_TOKENS)
     seconds = time.perf_counter() - begun
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"seconds": seconds, "cache_mb": (peak - before) / 1024}))
+    print(json.dumps({"seconds": seconds, "cache_mb": memory_mb("VmHWM") - before}))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from alignment.config_sections import ResourcesSection
 from alignment.embedded import policy_folder
 from alignment.errors import ConfigError, WorkerError
 from benchmarks.results import Result, noted, record, result, shown, speedups
-from benchmarks.rollouts import LONGEST, NEW_TOKENS, SAMPLES, Bench, workload
+from benchmarks.rollouts import LONGEST, NEW_TOKENS, SAMPLES, Bench, limit, workload
 from benchmarks.rounds import Note, interleaved
 from models.memory import keep_freed_memory
 from models.policy import load_policy
@@ -99,7 +99,8 @@ def compare(options: argparse.Namespace, scratch: Path, note: Note) -> Result:
     tokens = len(bench.prompts) * SAMPLES * NEW_TOKENS
     against = (
         f"vLLM 0.32 on the CPU, compiled, float32, n={SAMPLES}, {options.threads} threads, both keep freed memory: "
-        f"{tokens / min(seconds['vllm']):.0f} tokens/s, ours {tokens / min(seconds['ours']):.0f}"
+        f"{tokens / min(seconds['vllm']):.0f} tokens/s, ours {tokens / min(seconds['ours']):.0f}, "
+        f"matrix products alone {tokens / limit(bench).seconds:.0f}"
     )
     command = "python -m benchmarks.rollouts_vllm --vllm-python PATH"
     return result(NAME, speedups(seconds["vllm"], seconds["ours"]), target=1.7, against=against, command=command)

@@ -39,6 +39,8 @@ class Bench:
     examples: Sequence[Rollout]
     rounds: int
     note: Note
+    options: str = ""
+    """What the command says besides, to repeat the same work."""
 
 
 def plain_torch(bench: Bench) -> list[Result]:
@@ -94,7 +96,15 @@ def _compared(
     )
     bench.note(f"{name}: {told}")
     ratios = speedups(seconds["theirs"], seconds["ours"])
-    return [result(name, ratios, target=target, against=f"{against} ({told})", command=COMMAND)]
+    return [
+        result(
+            name,
+            ratios,
+            target=target,
+            against=f"{against} ({told})",
+            command=f"{COMMAND} --only {name} {bench.options}",
+        )
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -107,7 +117,7 @@ def run(options: argparse.Namespace, note: Note) -> list[Result]:
     """Each comparison that was asked for, recorded as soon as it is made. Raises AlignmentError."""
     policy = start(CACHE, options.threads, note)
     examples = rollouts(policy, options.examples, options.dialogues)
-    bench, results = Bench(policy, examples, options.rounds, note), []
+    bench, results = Bench(policy, examples, options.rounds, note, f"--examples {options.examples}"), []
     for name in options.only:
         made = COMPARISONS[name](bench)
         record(made)
