@@ -63,6 +63,7 @@ class OwnRows:
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[TokenIds], room: Room, *, pad_id: int) -> None:
         self._model, self._prompts, self._room, self._pad_id = model, prompts, room, pad_id
+        self._cache: Any = None
         self._place: list[int] = []  # where in the cache each live row is
         self._columns = 0
 
@@ -88,11 +89,13 @@ class OwnRows:
         return jobs, [read.logits[index]]
 
     def drop(self, ended: Sequence[int]) -> list[int]:
-        """See `models.rows.Rows`. The cache is copied once half of its rows are done with."""
+        """See `models.rows.Rows`. Half of the rows gone, the cache is copied; all of them, let go."""
         gone = set(ended)
         order = [i for i in range(len(self._place)) if i not in gone]
         self._place = [self._place[i] for i in order]
-        if self._place and 2 * len(self._place) <= len(self._mask):
+        if not self._place:
+            self._cache = None  # before the next one is made
+        elif 2 * len(self._place) <= len(self._mask):
             keep = torch.tensor(self._place, device=self._mask.device)
             self._cache.batch_select_indices(keep)
             self._mask, self._positions = self._mask[keep], self._positions[keep]

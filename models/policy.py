@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from alignment.errors import ConfigError, DataError, ModelError
 from alignment.types import Conversation, Prompt
+from models.memory import is_out_of_memory
 from models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def load_reader(source: str | Path, *, prompt_format: PromptFormat, chat_templat
     """
     with _named_errors(source):
         tokenizer = AutoTokenizer.from_pretrained(source)
-        context = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", None)
+        context = getattr(AutoConfig.from_pretrained(source).get_text_config(), "max_position_embeddings", None)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     if prompt_format == "chat" and not tokenizer.chat_template:
@@ -155,6 +156,8 @@ def _named_errors(source: str | Path) -> Iterator[None]:
         with quiet_transformers():
             yield
     except Exception as error:  # transformers raises OSError, ValueError, SafetensorError and others here
+        if is_out_of_memory(error):
+            raise  # another model would not help
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"cannot load the policy from {source}: {first_line}. "

@@ -62,7 +62,8 @@ def rows_for(
 
 
 def _probes(model: PreTrainedModel) -> list[list[int]]:
-    return [[token % model.config.vocab_size for token in probe] for probe in PROBES]
+    vocabulary = model.config.get_text_config().vocab_size
+    return [[token % vocabulary for token in probe] for probe in PROBES]
 
 
 def _alone(model: PreTrainedModel, probes: list[list[int]]) -> Tensor:

@@ -120,6 +120,34 @@ def test_samples_are_those_of_a_plain_loop_for_models_of_many_kinds(kind):
     check(responses(model, PROMPTS, numbers, sampling, 75), model, PROMPTS, numbers, sampling)
 
 
+def test_rows_with_their_own_prompts_let_their_cache_go_before_the_next_are_read():
+    model, shared = tiny(next(kind for kind, (_, _, shared) in KINDS.items() if not shared))
+    assert not shared
+    waiting = longest_first(PROMPTS, 1)
+    with torch.inference_mode():
+        rows = OwnRows(model, PROMPTS, Room(rows=2, prompts=2, width=9, tokens=4), pad_id=EOS)
+        begun, _ = rows.begin(waiting)
+        cache = weakref.ref(rows._cache)
+        rows.drop([0])
+        assert cache() is not None
+        rows.drop(list(range(len(begun) - 1)))
+        gc.collect()
+        assert cache() is None
+        assert rows.begin(waiting)[0]
+
+
+def test_the_text_part_of_a_model_with_images_is_sampled():
+    """Its config has the sizes of the text in a part of their own."""
+    special = {"bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0}
+    text = {"vocab_size": VOCABULARY, "head_dim": 8, **GROUPED, **special}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    torch.manual_seed(0)
+    model, numbers = AutoModelForCausalLM.from_config(config).eval(), numbers_for(PROMPTS, 2, 5)
+    check(responses(model, PROMPTS, numbers, Sampling(5), 75), model, PROMPTS, numbers, Sampling(5))
+
+
 def test_in_half_precision_log_probabilities_are_as_near_the_trainers_as_its_rounding():
     found = half_precision_distances("cpu")
     assert found["ours to exact"] < 1.2 * found["trainer to exact"]
