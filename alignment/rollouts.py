@@ -76,7 +76,9 @@ def generate(
     if engine is None:
         responses = _responses(policy, encoded, streams, sampling, eos_ids, batch_tokens, lowered or Lowered(), on_note)
     else:
-        responses = engine.responses(policy.model.named_parameters(), encoded, streams, sampling, eos_ids)
+        from models.vllm_engine import named_weights
+
+        responses = engine.responses(named_weights(policy.model), encoded, streams, sampling, eos_ids)
     for found in responses:
         yield [
             Rollout(

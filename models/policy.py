@@ -156,9 +156,12 @@ def _named_errors(source: str | Path) -> Iterator[None]:
         with quiet_transformers():
             yield
     except Exception as error:  # transformers raises OSError, ValueError, SafetensorError and others here
-        if is_out_of_memory(error):
-            raise  # another model would not help
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if is_out_of_memory(error):
+            raise ModelError(
+                f"there is too little memory to load the policy from {source}: {first_line}. Take a smaller "
+                "policy.model, or a device with more memory"
+            ) from error
         raise ModelError(
             f"cannot load the policy from {source}: {first_line}. "
             "Set policy.model to a folder that save_pretrained wrote, or to a hub name that is reachable"

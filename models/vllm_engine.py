@@ -197,6 +197,13 @@ class VllmEngine:
             engine.abort_request(list(places))  # of a generator that is closed early
 
 
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint of the model holds, tied weights once: parameters, and the buffers that are saved."""
+    yield from model.named_parameters()
+    saved = model.state_dict(keep_vars=True)
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+
+
 def stream_seed(stream: str) -> int:
     """vLLM's seed of the stream with this name: 63 bits of its SHA-256."""
     return int.from_bytes(hashlib.sha256(stream.encode()).digest()[:8], "big") >> 1

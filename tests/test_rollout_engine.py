@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from alignment.config import load_config
 from alignment.errors import ConfigError
@@ -17,7 +18,7 @@ from alignment.stages import begin
 from config_effects import vllm_asked
 from flow_runs import SMOKE
 from models.sampling import Sampling
-from models.vllm_engine import VllmEngine, load_vllm, stream_seed
+from models.vllm_engine import VllmEngine, load_vllm, named_weights, stream_seed
 
 
 def test_without_vllm_a_run_ends_as_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,3 +79,17 @@ def test_an_engine_that_cannot_load_the_weights_goes_back_to_sleep() -> None:
     with pytest.raises(RuntimeError, match="no room"):
         next(engine.responses([], [[1]], [["s"]], Sampling(3), [2]))
     assert llm.calls == ["wake_up", "sleep"]
+
+
+def test_the_engine_is_given_the_buffers_that_a_checkpoint_holds() -> None:
+    class Router(torch.nn.Module):
+        """Stands in for a router of experts: one buffer is saved with the weights, the other is not."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(2))
+            self.register_buffer("e_score_correction_bias", torch.full((2,), 3.0))
+            self.register_buffer("inv_freq", torch.ones(2), persistent=False)
+
+    found = {name: tensor.tolist() for name, tensor in named_weights(torch.nn.Sequential(Router()))}
+    assert found == {"0.weight": [1, 1], "0.e_score_correction_bias": [3, 3]}
