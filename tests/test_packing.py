@@ -22,7 +22,7 @@ from transformers import (
 from alignment.errors import ConfigError
 from alignment.types import TokenSequence
 from models.head import has_plain_head
-from models.packing import MOST_PADDING, _rows, check_packing, pack, packing_leak, sequence_batch
+from models.packing import MOST_PADDING, check_packing, pack, packing_leak, sequence_batch
 from models.sequence_loss import SequenceLoss
 from tiny import VOCABULARY, random_rows, tiny_llama
 
@@ -180,22 +180,6 @@ def test_within_a_context_padding_is_little_but_where_no_rows_would_hold_less(le
     assert little or (sum(lengths) > context and not any(map(keeps, counts)))
     if not little:
         assert len(rows) == min(count for count in counts if laid(count) <= context)
-
-
-@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30), context=st.integers(1, 1300))
-def test_padding_is_little_but_where_the_context_leaves_no_room_for_it(lengths, context):
-    """The one exception: no number of rows, filled the longest first, is both within the context and full enough.
-
-    A context that all sequences fit into end to end never is one.
-    """
-    context = max(context, *lengths)
-    rows = pack(lengths, context)
-    width = max(sum(lengths[i] for i in row) for row in rows)
-    if sum(lengths) < (1 - MOST_PADDING) * len(rows) * width:
-        assert sum(lengths) > context
-        for count in range(1, len(lengths) + 1):
-            _, width = _rows(lengths, count)
-            assert width > context or sum(lengths) < (1 - MOST_PADDING) * count * width
 
 
 def test_a_model_that_reads_its_context_only_is_given_no_more():
