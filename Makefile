@@ -4,6 +4,7 @@
 #               adds vLLM
 # make test     lint, types and tests
 # make test-all the same, those that kill and resume runs at every moment, and runs in phases and on S3 under faults
+# make test-vllm VLLM_PYTHON=PATH  the tests of vLLM, by the python of an environment that has it
 # All make the virtual environment first; a stamp keeps that instant when nothing changed.
 PYTHON ?= python3.11
 VENV := .venv
@@ -12,7 +13,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run control bench test test-slow test-long test-all lint clean help
+.PHONY: run control bench test test-slow test-long test-all test-vllm lint clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -33,6 +34,13 @@ test-long: $(DEV_STAMP)
 	$(BIN)/python -m pytest -m long tests
 
 test-all: test test-slow test-long
+
+## vLLM and the reward server's backend do not share an environment: see requirements-vllm.txt.
+test-vllm:
+	@test -n "$(VLLM_PYTHON)" || { \
+	  echo "make: VLLM_PYTHON is not set: name the python of an environment with requirements-vllm.txt"; exit 1; }
+	$(VLLM_PYTHON) -c "import vllm"
+	DS_ACCELERATOR=cpu $(VLLM_PYTHON) -m pytest tests/test_vllm.py tests/test_rollout_engine.py
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

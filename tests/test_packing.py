@@ -156,6 +156,32 @@ def test_no_row_is_longer_than_the_context(lengths, context):
     assert max(sum(lengths[i] for i in row) for row in rows) <= context
 
 
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30), context=st.integers(40, 1200))
+def test_within_a_context_padding_is_little_but_where_no_rows_would_hold_less(lengths, context):
+    """The promise is kept wherever everything fits into one row, which has no padding.
+
+    The exception: a context shorter than that, into which sequences, longest first, go with more padding in any number
+    of rows. Then the rows are the fewest that are within it.
+    """
+
+    def laid(count):  # by hand: the longest first, each into the shortest row
+        filled = [0] * count
+        for length in sorted(lengths, reverse=True):
+            filled[filled.index(min(filled))] += length
+        return max(filled)
+
+    def keeps(count):
+        return laid(count) <= context and sum(lengths) >= (1 - MOST_PADDING) * count * laid(count)
+
+    rows = pack(lengths, context)
+    width = max(sum(lengths[i] for i in row) for row in rows)
+    little = sum(lengths) >= (1 - MOST_PADDING) * len(rows) * width
+    counts = range(1, len(lengths) + 1)
+    assert little or (sum(lengths) > context and not any(map(keeps, counts)))
+    if not little:
+        assert len(rows) == min(count for count in counts if laid(count) <= context)
+
+
 def test_a_model_that_reads_its_context_only_is_given_no_more():
     """GPT-Neo's mask is as large as its context."""
     torch.manual_seed(0)

@@ -57,28 +57,52 @@ def test_a_streams_seed_is_its_names_alone() -> None:
     assert len({stream_seed(f"0/step-1/a/{k}") for k in range(1000)}) == 1000
 
 
+class StandInLLM:
+    """Stands in for vLLM's LLM: notes what it is asked, and takes the weights or cannot. It has nothing to generate."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.calls: list[str] = []
+        self.error = error
+        self.llm_engine = SimpleNamespace(
+            model_config=None, has_unfinished_requests=lambda: False, abort_request=lambda _: self.calls.append("abort")
+        )
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        self.calls.append("wake_up " + ",".join(tags or ["all"]))
+
+    def apply_model(self, _: Any) -> list[set[str]]:
+        if self.error:
+            raise self.error
+        self.calls.append("weights")
+        return [set()]
+
+    def reset_prefix_cache(self) -> bool:
+        self.calls.append("reset_prefix_cache")
+        return True
+
+    def sleep(self, level: int) -> None:
+        self.calls.append(f"sleep {level}")
+
+
 def test_an_engine_that_cannot_load_the_weights_goes_back_to_sleep() -> None:
-    class Half:
-        """Stands in for vLLM's LLM: wakes up, then cannot take the weights."""
-
-        def __init__(self) -> None:
-            self.calls: list[str] = []
-            self.llm_engine = SimpleNamespace(model_config=None)
-
-        def wake_up(self, tags: list[str]) -> None:
-            self.calls.append("wake_up")
-
-        def apply_model(self, _: Any) -> None:
-            raise RuntimeError("no room")
-
-        def sleep(self, level: int) -> None:
-            self.calls.append("sleep")
-
-    llm = Half()
+    llm = StandInLLM(RuntimeError("no room"))
     engine = VllmEngine(llm, sleeps=True, tensor_parallel=1)
     with pytest.raises(RuntimeError, match="no room"):
         next(engine.responses([], [[1]], [["s"]], Sampling(3), [2]))
-    assert llm.calls == ["wake_up", "sleep"]
+    assert llm.calls == ["wake_up weights", "sleep 2"]
+
+
+def test_an_engine_sleeps_after_it_has_generated() -> None:
+    """The cache comes back only once the weights are there, and what older weights filled of it is dropped first."""
+    llm = StandInLLM()
+    assert list(VllmEngine(llm, sleeps=True, tensor_parallel=1).responses([], [], [], Sampling(3), [2])) == []
+    assert llm.calls == ["wake_up weights", "weights", "wake_up all", "reset_prefix_cache", "abort", "sleep 2"]
+
+
+def test_an_engine_that_cannot_sleep_is_not_asked_to() -> None:
+    llm = StandInLLM()
+    list(VllmEngine(llm, sleeps=False, tensor_parallel=1).responses([], [], [], Sampling(3), [2]))
+    assert llm.calls == ["weights", "reset_prefix_cache", "abort"]
 
 
 def test_the_engine_is_given_the_buffers_that_a_checkpoint_holds() -> None:

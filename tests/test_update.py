@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from alignment.errors import ConfigError, TrainingError
 from alignment.micro_batches import sequence_micro_batches
 from alignment.types import StepUpdate
 from alignment.update import token_sequence
-from models.adapters import copy_weights, load_trainable, merge_lora, trainable_tensors
+from models.adapters import copy_weights, load_trainable, merge_lora
 from models.sampling import Sampling, draw
 from models.sequence_loss import SequenceLoss
 from reward_runs import in_this_process
@@ -44,12 +45,15 @@ def case(folder, steps=1, plain=True, options=(), **settings):
 
 
 def launch(ranks, cases):
-    """The cases, one after the other, on ranks of their own."""
+    """The cases, one after the other, on ranks of their own, which compile nothing: no extension and no kernel."""
     command = [sys.executable, "-m", "alignment.one_node", f"--nproc-per-node={ranks}"]
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     command.append(str(ROOT / "tests/update_ranks.py"))
     words = [word for words in cases for word in ("--next", *words)][1:]
-    subprocess.run([*command, *words], check=True, env={**os.environ, **environment}, timeout=180)
+    with tempfile.TemporaryDirectory() as built:
+        folders = {name: f"{built}/{name}" for name in ("TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR")}
+        subprocess.run([*command, *words], check=True, env={**os.environ, **environment, **folders}, timeout=180)
+        assert not list(Path(built).iterdir())
 
 
 def results(folder):
@@ -67,11 +71,24 @@ def run_update(folder, plain=True, **case_of):
     return results(folder)
 
 
-def check_gradient(weights, before, gradient):
-    """SGD with rate 1 has moved the weights by the gradient."""
+def norm(tensors):
+    """The length of all tensors taken as one vector."""
+    return torch.stack([t.double().norm() for t in tensors]).norm().item()
+
+
+FLOAT32 = 3e-6
+"""How far a float32 gradient may lie from the float64 one, as a share of its length; DeepSpeed has no float64.
+
+Measured over tests/test_update_grid.py: 1.5e-6 by the engine, and as much by one plain float32 backward, from which the
+engine's gradient is 0.8e-6 away.
+"""
+
+
+def check_gradient(weights, gradient, within=FLOAT32):
+    """The saved gradient is the expected one but for a share of its length."""
     assert weights.keys() == gradient.keys()
-    for name, expected in gradient.items():
-        torch.testing.assert_close((before[name] - weights[name]).double(), expected, atol=1e-6, rtol=1e-4)
+    difference = norm(weights[name].double() - expected.double() for name, expected in gradient.items())
+    assert difference <= within * norm(gradient.values())
 
 
 # 5 responses: uneven over 2 ranks, over micro-batches, and fewer than the global batch of 8
@@ -99,26 +116,24 @@ LORA = {**PENALTY, "lora_rank": 2}
 
 def check_update(weights, result, options):
     gradient, loss, _ = plain_gradient(rollouts(), model=tiny_llama(tied="--tied" in options))
-    check_gradient(weights, tiny_llama(tied="--tied" in options).state_dict(), gradient)
+    check_gradient(weights, gradient)
     assert result["loss"] == pytest.approx(loss, abs=1e-6)
-    norm = torch.stack([g.norm() for g in gradient.values()]).norm().item()
-    assert result["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert result["grad_norm"] == pytest.approx(norm(gradient.values()), rel=1e-6)
     assert result["response_tokens"] == sum(RESPONSE_LENGTHS)
     assert (result["optimizer_steps"], result["kl"]) == (1, None)
 
 
 def check_penalty(weights, result):
     gradient, loss, kl = plain_gradient(rollouts(), kl_penalty=0.3)
-    check_gradient(weights, tiny_llama().state_dict(), gradient)  # the base is not among the weights
+    check_gradient(weights, gradient)  # the base is not among the weights
     assert (result["loss"], result["kl"]) == (pytest.approx(loss, abs=1e-6), pytest.approx(kl, abs=1e-6))
 
 
 def check_adapters(weights, result):
     """The KL is that to the policy without its adapters, and they alone are trained."""
     adapted = update_ranks.with_adapters(tiny_llama(), TrainingSection(**LORA))
-    before = trainable_tensors(adapted)
     gradient, loss, kl = plain_gradient(rollouts(), 0.3, model=adapted, base=tiny_llama().double())
-    check_gradient(weights, before, gradient)
+    check_gradient(weights, gradient)
     assert (result["loss"], result["kl"]) == (pytest.approx(loss, abs=1e-6), pytest.approx(kl, abs=1e-6))
     assert kl > 0.01
 
@@ -181,7 +196,7 @@ def test_a_plain_copy_follows_the_adapters_as_peft_merges_them():
 
 
 def test_each_optimizer_step_is_normalised_by_its_own_tokens(tmp_path):
-    weights, result = run_update(tmp_path, global_batch_size=3, micro_batch_size=1)
+    weights, result = run_update(tmp_path, options=["--sgd"], global_batch_size=3, micro_batch_size=1)
     model = tiny_llama()
     for rows in (rollouts()[:3], rollouts()[3:]):  # the second step starts from the first one's weights
         tokens = sum(r.num_tokens for r in rows)
