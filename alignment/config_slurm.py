@@ -68,7 +68,8 @@ def check_slurm(config: "Config") -> None:
     if own.enabled and config.phases.update_nodes > 1:
         raise ValueError(
             f"phases.update_nodes ({config.phases.update_nodes}) with slurm.enabled: Metaflow would start all nodes "
-            "of the update in one job of one node. Set phases.update_nodes=1, or loop.executor=colocated, slurm.nodes"
+            "of the update in one job of one node. Set phases.update_nodes=1, or train on slurm.nodes with "
+            "loop.executor=colocated"
         )
 
 
