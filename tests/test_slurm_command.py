@@ -16,6 +16,7 @@ from alignment.slurm_task import is_curable, recorded
 from flow_runs import ROOT, wait_for
 
 TASK = SlurmTask("RSFlow-7-iterate-9-0", cpu=4, gpu=8, memory=1000, grace_s=60.0, sources=("/src", "/work"))
+ASKED = 130
 WORDS = ["/venv/bin/python", "flows/rs_flow.py"]
 STEP = [
     "srun", "--job-name=RSFlow-7-iterate-9-0", "--nodes=1", "--ntasks=1", "--cpus-per-task=4", "--mem=1000M",
@@ -89,36 +90,77 @@ def test_the_reward_servers_address_may_stand_in_the_environment(monkeypatch: py
         external_url("env:RS_REWARD_URL")
 
 
+SALLOC_STAND_IN = """#!{python}
+# Waits for nodes, which are a file; an interrupt cancels it then, and ends the job at once later, as salloc's does.
+import signal, subprocess, sys, time
+from pathlib import Path
+def end(*_):
+    Path("saved").write_text("cancelled")
+    sys.exit(3)
+signal.signal(signal.SIGINT, end)
+print("waits", flush=True)
+while not Path("nodes").exists():
+    time.sleep(0.05)
+sys.exit(subprocess.run(sys.argv[1:]).returncode)
+"""
+SAVES = "trap '' INT; echo begun; while read -r; do :; done; sleep 0.2; echo saved > saved"
+ENDS = ("owner", signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+
+
 class TestAttending:
     """infra/slurm/attend.py in front of commands that stand in for salloc and srun: they see the end of their input."""
 
-    def attend(self, folder: Path, script: str, *words: str) -> subprocess.Popen[str]:
+    def attend(self, folder: Path, *command: str) -> subprocess.Popen[str]:
         attend = [sys.executable, str(ROOT / "infra" / "slurm" / "attend.py"), "0.5", str(folder / "shared")]
         return subprocess.Popen(
-            [*attend, "bash", "-c", script, "bash", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            cwd=folder,
-        )  # fmt: skip
+            [*attend, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder
+        )
 
-    def test_status_and_lines_are_the_commands(self, tmp_path: Path) -> None:
-        process = self.attend(tmp_path, "echo one; exit 7")
-        assert (process.stdout.read(), process.wait()) == ("one\n", 7)
-
-    @pytest.mark.parametrize("how", ["owner", signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-    def test_the_command_sees_its_input_end_whatever_ends_the_attendant(self, tmp_path: Path, how: object) -> None:
-        saves = "trap 'asked=yes' INT; echo begun; while read -r; do :; done; sleep 0.2; echo $asked > saved"
-        process = self.attend(tmp_path, saves)
-        assert process.stdout.readline() == "begun\n"
+    def end(self, process: subprocess.Popen[str], how: object) -> None:
         if how == "owner":
             process.stdin.close()
         else:
             process.send_signal(how)
-        saved = tmp_path / "saved"
-        wait_for(lambda: saved.exists() and saved.read_text() == "yes\n", 30, "the command's last word")
-        assert process.wait(30) in (0, -signal.SIGKILL)
+
+    def says_in_the_end(self, folder: Path, what: str) -> None:
+        saved = folder / "saved"
+        wait_for(lambda: saved.exists() and saved.read_text().strip() == what, 30, what)
+
+    def test_status_and_lines_are_the_commands(self, tmp_path: Path) -> None:
+        process = self.attend(tmp_path, "bash", "-c", "echo one; exit 7")
+        assert (process.stdout.read(), process.wait()) == ("one\n", 7)
+
+    def test_a_command_that_is_not_there_is_named(self, tmp_path: Path) -> None:
+        assert self.attend(tmp_path, "nonesuch").wait() == 127
+
+    @pytest.mark.parametrize("how", ENDS)
+    def test_the_command_sees_its_input_end_whatever_ends_the_attendant(self, tmp_path: Path, how: object) -> None:
+        process = self.attend(tmp_path, "bash", "-c", SAVES)
+        assert process.stdout.readline() == "begun\n"
+        self.end(process, how)
+        self.says_in_the_end(tmp_path, "saved")
+        assert process.wait(30) == (-signal.SIGKILL if how == signal.SIGKILL else ASKED)
+
+    @pytest.mark.parametrize("how", ENDS)
+    @pytest.mark.parametrize(("has_nodes", "says"), [(False, "cancelled"), (True, "saved")])
+    def test_a_job_is_cancelled_that_waits_and_saves_that_runs(
+        self, tmp_path: Path, how: object, has_nodes: bool, says: str
+    ) -> None:
+        (tmp_path / "salloc").write_text(SALLOC_STAND_IN.format(python=sys.executable))
+        (tmp_path / "salloc").chmod(0o755)
+        if has_nodes:
+            (tmp_path / "nodes").touch()
+        process = self.attend(tmp_path, "./salloc", "bash", "-c", SAVES)
+        assert process.stdout.readline() == "waits\n"
+        if has_nodes:
+            assert process.stdout.readline() == "begun\n"
+        self.end(process, how)
+        self.says_in_the_end(tmp_path, says)
 
     def test_a_file_of_configs_is_copied_to_where_all_nodes_see_it(self, tmp_path: Path) -> None:
         (tmp_path / "own.json").write_text("{}")
-        process = self.attend(tmp_path, 'echo "$2"; cat "$2"', "--local-config-file", str(tmp_path / "own.json"))
+        words = ["bash", "-c", 'echo "$2"; cat "$2"', "bash", "--local-config-file", str(tmp_path / "own.json")]
+        process = self.attend(tmp_path, *words)
         name, text = process.stdout.read().splitlines()
         assert process.wait() == 0
         assert (Path(name).parent, text) == (tmp_path / "shared", "{}")

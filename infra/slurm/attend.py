@@ -2,17 +2,16 @@
 
     python attend.py GRACE_S FOLDER COMMAND …
 
-Metaflow kills what it has started, and srun answers a request to end by killing the task at once. So salloc and srun
-stand in a session of their own, where Ctrl-C does not reach them, and their standard input is a pipe that this process
-holds: once it is asked to end, or is gone, the pipe ends, srun passes that on, and the task ends in order
-(`alignment.slurm_task`). A single SIGINT cancels a job that still waits for nodes and disturbs no other. After GRACE_S
-and a margin the job is ended by force.
+Metaflow kills what it has started, and salloc and srun answer a request to end by killing the task at once. So they are
+the children of a second process, in a session of its own, where neither Ctrl-C nor Metaflow's kill reaches it. It hangs
+on a pipe of the first one, and their standard input is a pipe of its own. Once the first process is asked to end, or is
+gone, the pipes end one after the other, srun passes that on, and the task ends in order (`alignment.slurm_task`). A job
+that still waits for nodes is cancelled. After GRACE_S and a margin the job is ended by force.
 
 Metaflow hands configs over in a file of its own node: it is copied to FOLDER, which all nodes see, for as long as the
 task runs. Standard library alone, so that it starts at once.
 """
 
-import ctypes
 import os
 import shutil
 import signal
@@ -20,58 +19,95 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 MARGIN_S = 20.0
-"""Beyond the task's own end by force, 10 s after GRACE_S."""
+"""Beyond GRACE_S; the task ends itself by force 10 s after that."""
 POLL_S = 0.1
-PR_SET_PDEATHSIG = 1
+ASKED = 130
+"""Status of a command that was asked to end and then ended well: to Metaflow it is none that ended well."""
 CONFIG_FILE = "--local-config-file"
 
 
-def main() -> int:
-    """Status of the command."""
+def main() -> None:
+    """Status of the command, by way of the second process."""
     grace_s, folder, command = float(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-    asked = threading.Event()
+    theirs, ours = os.pipe()
+    second = os.fork()
+    if second == 0:
+        os.setsid()
+        os.close(ours)
+        asked = _ending_of(theirs)
+        os._exit(_run(command, folder, asked, grace_s + MARGIN_S))
+    os.close(theirs)
+    asked = _ending_of(sys.stdin.fileno())
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: asked.set())
-    threading.Thread(target=_when_stdin_ends, args=(asked,), daemon=True).start()
+    is_open = True
+    while True:
+        ended, status = os.waitpid(second, os.WNOHANG)
+        if ended:
+            sys.exit(os.waitstatus_to_exitcode(status))
+        if asked.wait(POLL_S):
+            if is_open:
+                os.close(ours)
+                is_open = False
+            time.sleep(POLL_S)
+
+
+def _run(command: list[str], folder: Path, asked: threading.Event, patience_s: float) -> int:
     copy = _shared_config(folder, command)
     try:
-        status = _attend(command, asked, grace_s + MARGIN_S)
+        status = _attend(command, asked, patience_s)
+    except OSError as error:
+        print(f"{command[0]}: {error.strerror}; slurm.enabled needs Slurm's commands here", file=sys.stderr, flush=True)
+        status = 127
     finally:
         if copy:
             copy.unlink(missing_ok=True)
-    return status if status >= 0 else 128 - status
+    return 128 - status if status < 0 else status
 
 
-def _attend(command: list[str], asked: threading.Event, patience_s: float) -> int:
-    prctl = ctypes.CDLL(None).prctl  # looked up before the fork
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        start_new_session=True,
-        # A job that waits for nodes is cancelled when this process is killed.
-        preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, int(signal.SIGINT)),
-    )
-    while process.poll() is None and not asked.wait(POLL_S):
-        pass
-    if process.poll() is None:
+def _attend(command: Sequence[str], asked: threading.Event, patience_s: float) -> int:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as process:
+        while process.poll() is None and not asked.wait(POLL_S):
+            pass
+        if process.poll() is not None:
+            return process.returncode
         process.stdin.close()
-        process.send_signal(signal.SIGINT)
-    for last_word in (signal.SIGTERM, signal.SIGKILL):
-        until = time.monotonic() + patience_s
-        while process.poll() is None and time.monotonic() < until:
-            time.sleep(POLL_S)
-        if process.poll() is None:
-            os.killpg(process.pid, last_word)
-    return process.wait()
+        if _waits_for_nodes(process):
+            process.send_signal(signal.SIGINT)
+        for last_word in (signal.SIGTERM, signal.SIGKILL):
+            until = time.monotonic() + patience_s
+            while process.poll() is None and time.monotonic() < until:
+                time.sleep(POLL_S)
+            if process.poll() is None:
+                process.send_signal(last_word)
+        return process.wait() or ASKED
 
 
-def _when_stdin_ends(asked: threading.Event) -> None:
-    while os.read(sys.stdin.fileno(), 4096):
-        pass
-    asked.set()
+def _waits_for_nodes(process: subprocess.Popen[bytes]) -> bool:
+    """Whether an interrupt cancels what is only asked for: salloc has no child yet. One to srun never ends its task."""
+    if Path(process.args[0]).name != "salloc":
+        return True
+    try:
+        return not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().strip()
+    except OSError:  # it has just ended
+        return False
+
+
+def _ending_of(file: int) -> threading.Event:
+    """Set once a pipe that nothing of interest comes from has ended."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while os.read(file, 4096):
+            pass
+        ended.set()
+
+    threading.Thread(target=watch, daemon=True).start()
+    return ended
 
 
 def _shared_config(folder: Path, command: list[str]) -> Path | None:
@@ -87,4 +123,4 @@ def _shared_config(folder: Path, command: list[str]) -> Path | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
