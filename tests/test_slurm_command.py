@@ -104,7 +104,7 @@ while not Path("nodes").exists():
 sys.exit(subprocess.run(sys.argv[1:]).returncode)
 """
 SAVES = "trap '' INT; echo begun; while read -r; do :; done; sleep 0.2; echo saved > saved"
-ENDS = ("owner", signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+WAYS = ("owner", signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 
 
 class TestAttending:
@@ -133,7 +133,7 @@ class TestAttending:
     def test_a_command_that_is_not_there_is_named(self, tmp_path: Path) -> None:
         assert self.attend(tmp_path, "nonesuch").wait() == 127
 
-    @pytest.mark.parametrize("how", ENDS)
+    @pytest.mark.parametrize("how", WAYS)
     def test_the_command_sees_its_input_end_whatever_ends_the_attendant(self, tmp_path: Path, how: object) -> None:
         process = self.attend(tmp_path, "bash", "-c", SAVES)
         assert process.stdout.readline() == "begun\n"
@@ -141,7 +141,7 @@ class TestAttending:
         self.says_in_the_end(tmp_path, "saved")
         assert process.wait(30) == (-signal.SIGKILL if how == signal.SIGKILL else ASKED)
 
-    @pytest.mark.parametrize("how", ENDS)
+    @pytest.mark.parametrize("how", WAYS)
     @pytest.mark.parametrize(("has_nodes", "says"), [(False, "cancelled"), (True, "saved")])
     def test_a_job_is_cancelled_that_waits_and_saves_that_runs(
         self, tmp_path: Path, how: object, has_nodes: bool, says: str
