@@ -20,10 +20,10 @@ ON_SLURM = {
 }
 """Each step takes a whole node, of whose GPUs, which are stand-ins, it uses none."""
 LONG = {
-    "loop__max_steps": 30,
-    "loop__steps_per_iteration": 30,
-    "loop__save_interval": 30,
-    "loop__val_check_interval": 30,
+    "loop__max_steps": 14,
+    "loop__steps_per_iteration": 14,
+    "loop__save_interval": 14,
+    "loop__val_check_interval": 14,
 }
 """One iteration that lasts; a checkpoint within it is one that was saved because the task was to end."""
 

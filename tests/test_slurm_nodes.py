@@ -81,7 +81,7 @@ def test_a_lost_node_of_two_is_made_up_for(place: Place, cluster: Slurm, bench: 
 
 def submit(place: Place, cluster: Slurm, repository: Path, *options: str, **settings: object) -> str:
     """Submit the heterogeneous job of a run in `place`; its id."""
-    command = place.command("rs_flow", **{"loop__save_interval": 30, "resources__memory": 1500, **settings})
+    command = place.command("rs_flow", **{"loop__save_interval": 14, "resources__memory": 1500, **settings})
     words = command[command.index("--config") :]
     own = {
         "RS_PYTHON": sys.executable,
