@@ -51,7 +51,7 @@ def slurm_undisturbed(tmp_path_factory: pytest.TempPathFactory, slurm_exports: P
 
 def begun(place: Place, cluster: Slurm, exports: Path, **settings: object) -> subprocess.Popen[str]:
     """A long run on the cluster, begun, with its second RS step behind it."""
-    command = place.command("rs_flow", "run", reward__repository=exports, **ON_SLURM, **LONG, **settings)
+    command = place.command("rs_flow", "run", reward__repository=exports, **{**ON_SLURM, **LONG, **settings})
     with open(place.path / "output", "w") as output:
         process = subprocess.Popen(
             command, cwd=place.path, env=place.environment(**cluster.environment), text=True, stdin=subprocess.DEVNULL,

@@ -13,6 +13,7 @@ import signal
 import socket
 import stat
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,11 +110,15 @@ class Slurm:
     def bring_back(self, node: str) -> None:
         """The node is there again, idle."""
         start_node(self, node)
-        wait_for(lambda: "down" not in self._state(node), STARTING_S, f"{node} up")
-        self.ask("scontrol", "update", f"nodename={node}", "state=resume")
 
-    def _state(self, node: str) -> str:
-        return self.ask("sinfo", "--noheader", "--nodes", node, "--format", "%t")
+        def is_idle() -> bool:
+            state = self.ask("sinfo", "--noheader", "--partition", "gpu", "--nodes", node, "--format", "%t").strip()
+            if state.startswith("down"):  # until the daemon has registered it stays so, whoever resumes it
+                self.ask("scontrol", "update", f"nodename={node}", "state=resume")
+            time.sleep(0.2)
+            return state == "idle"
+
+        wait_for(is_idle, STARTING_S, f"{node} idle")
 
 
 @contextlib.contextmanager

@@ -130,6 +130,10 @@ class TestAttending:
         process = self.attend(tmp_path, "bash", "-c", "echo one; exit 7")
         assert (process.stdout.read(), process.wait()) == ("one\n", 7)
 
+    def test_a_status_of_0_counts_if_the_task_has_said_that_it_ended_well(self, tmp_path: Path) -> None:
+        assert self.attend(tmp_path, "bash", "-c", "touch $RS_TASK_DONE").wait() == 0
+        assert self.attend(tmp_path, "true").wait() == 1
+
     def test_a_command_that_is_not_there_is_named(self, tmp_path: Path) -> None:
         assert self.attend(tmp_path, "nonesuch").wait() == 127
 
@@ -159,7 +163,14 @@ class TestAttending:
 
     def test_a_file_of_configs_is_copied_to_where_all_nodes_see_it(self, tmp_path: Path) -> None:
         (tmp_path / "own.json").write_text("{}")
-        words = ["bash", "-c", 'echo "$2"; cat "$2"', "bash", "--local-config-file", str(tmp_path / "own.json")]
+        words = [
+            "bash",
+            "-c",
+            'echo "$2"; cat "$2"; touch $RS_TASK_DONE',
+            "bash",
+            "--local-config-file",
+            str(tmp_path / "own.json"),
+        ]
         process = self.attend(tmp_path, *words)
         name, text = process.stdout.read().splitlines()
         assert process.wait() == 0
@@ -171,8 +182,8 @@ ENDING = """
 import sys, time
 from alignment.slurm_task import end_in_order
 end_in_order(60.0)
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     time.sleep(60)
 finally:
     time.sleep(0.3)  # a second request comes meanwhile

@@ -8,6 +8,9 @@ on a pipe of the first one, and their standard input is a pipe of its own. Once 
 gone, the pipes end one after the other, srun passes that on, and the task ends in order (`alignment.slurm_task`). A job
 that still waits for nodes is cancelled. After GRACE_S and a margin the job is ended by force.
 
+srun's status is 0 also where the task's node was lost. So a task says that it ended well by a file in FOLDER, whose
+name it finds in the environment (`DONE`); without it a 0 counts as a failure.
+
 Metaflow hands configs over in a file of its own node: it is copied to FOLDER, which all nodes see, for as long as the
 task runs. Standard library alone, so that it starts at once.
 """
@@ -27,7 +30,13 @@ MARGIN_S = 20.0
 POLL_S = 0.1
 ASKED = 130
 """Status of a command that was asked to end and then ended well: to Metaflow it is none that ended well."""
+LOST = 1
+"""Status where there is none of the task's own."""
 CONFIG_FILE = "--local-config-file"
+DONE = "RS_TASK_DONE"
+"""Environment variable of the task: the file that it makes when it has ended well."""
+SEEN_WITHIN_S = 3.0
+"""Within this time a file that another node made is seen."""
 
 
 def main() -> None:
@@ -57,13 +66,17 @@ def main() -> None:
 
 
 def _run(command: list[str], folder: Path, asked: threading.Event, patience_s: float) -> int:
-    copy = _shared_config(folder, command)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = str(folder / f"task-{os.uname().nodename}-{os.getpid()}-{time.time_ns()}")
+    done, copy = Path(f"{stem}.done"), _shared_config(Path(f"{stem}.json"), command)
+    os.environ[DONE] = str(done)
     try:
-        status = _attend(command, asked, patience_s)
+        status = _attend(command, asked, patience_s) or (0 if _is_there(done) else LOST)
     except OSError as error:
         print(f"{command[0]}: {error.strerror}; slurm.enabled needs Slurm's commands here", file=sys.stderr, flush=True)
         status = 127
     finally:
+        done.unlink(missing_ok=True)
         if copy:
             copy.unlink(missing_ok=True)
     return 128 - status if status < 0 else status
@@ -110,13 +123,18 @@ def _ending_of(file: int) -> threading.Event:
     return ended
 
 
-def _shared_config(folder: Path, command: list[str]) -> Path | None:
+def _is_there(done: Path) -> bool:
+    until = time.monotonic() + SEEN_WITHIN_S
+    while not done.exists() and time.monotonic() < until:
+        time.sleep(POLL_S)
+    return done.exists()
+
+
+def _shared_config(copy: Path, command: list[str]) -> Path | None:
     """The copy of Metaflow's file of configs, which `command` names from now on; None where it names none."""
     if CONFIG_FILE not in command:
         return None
     at = command.index(CONFIG_FILE) + 1
-    folder.mkdir(parents=True, exist_ok=True)
-    copy = folder / f"config-{os.uname().nodename}-{os.getpid()}-{time.time_ns()}.json"
     shutil.copyfile(command[at], copy)
     command[at] = str(copy)
     return copy

@@ -75,11 +75,15 @@ class SrunDecorator(StepDecorator):
             self._error = exception
 
     def task_finished(self, step_name, flow, graph, is_task_ok, retry_count, max_retries):
-        """End without a repetition after such an error."""
+        """Say that it ended well, or end without a repetition after such an error."""
+        if is_task_ok and DONE in os.environ:
+            Path(os.environ[DONE]).touch()
         if self._error is not None and not is_task_ok:
             print(f"{self._error.headline}: {self._error}", file=sys.stderr, flush=True)
             raise SystemExit(METAFLOW_EXIT_DISALLOW_RETRY)
 
 
+DONE = "RS_TASK_DONE"
+"""Environment variable that `infra/slurm/attend.py` sets: the file by which a task says that it ended well."""
 RESOURCES = {"cpu": 1, "gpu": 0, "memory": 4096}
 """What a step asks for that has no @resources."""
