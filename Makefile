@@ -5,6 +5,8 @@
 # make test     lint, types and tests
 # make test-all the same, those that kill and resume runs at every moment, and runs in phases and on S3 under faults
 # make test-vllm VLLM_PYTHON=PATH  the tests of vLLM, by the python of an environment that has it
+# make test-clusters  runs on a real Slurm of several nodes on this machine, and what else wants daemons of a cluster;
+#               installs them by apt-get where they are missing
 # All make the virtual environment first; a stamp keeps that instant when nothing changed.
 PYTHON ?= python3.11
 VENV := .venv
@@ -13,7 +15,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run control bench test test-slow test-long test-all test-vllm lint clean help
+.PHONY: run control bench test test-slow test-long test-clusters test-all test-vllm lint clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -23,7 +25,7 @@ run: $(STAMP)
 
 ## The whole runs come first: they fill one of the two processes while the other does the rest.
 test: $(DEV_STAMP) lint
-	$(BIN)/python -m pytest -m "not slow and not long" -n 2 --dist loadfile --no-loadscope-reorder tests/test_flow.py tests
+	$(BIN)/python -m pytest -m "not slow and not long and not cluster" -n 2 --dist loadfile --no-loadscope-reorder tests/test_flow.py tests
 
 ## Kills at every moment, one after the other: minutes of starting over.
 test-slow: $(DEV_STAMP)
@@ -32,6 +34,16 @@ test-slow: $(DEV_STAMP)
 ## Runs in phases and on S3 under faults: each starts dozens of tasks. One process, since they look for processes.
 test-long: $(DEV_STAMP)
 	$(BIN)/python -m pytest -m long tests
+
+CLUSTER_PROGRAMS := slurmctld slurmd munged radosgw ceph-mon ceph-osd prometheus
+CLUSTER_PACKAGES := slurm-wlm munge radosgw ceph-mon ceph-osd prometheus
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+
+## Their daemons take this machine's cores: one test at a time, and apart from the others. Slurm's want root.
+test-clusters: $(DEV_STAMP)
+	@missing=; for program in $(CLUSTER_PROGRAMS); do PATH="$$PATH:/usr/sbin" command -v $$program >/dev/null || missing=yes; done; \
+	[ -z "$$missing" ] || { $(SUDO) apt-get update && $(SUDO) apt-get install --yes --no-install-recommends $(CLUSTER_PACKAGES); }
+	$(BIN)/python -m pytest -m cluster tests
 
 test-all: test test-slow test-long
 

@@ -1,4 +1,4 @@
-"""The colocated executor: one iteration of RS steps by workers on the step's own node."""
+"""The colocated executor: one iteration of RS steps by workers on the step's own node, or on those of its Slurm job."""
 
 import json
 from dataclasses import asdict
@@ -12,6 +12,7 @@ from alignment.reward_server import RewardServer
 from alignment.run_events import listener
 from alignment.run_folder import RunFolder
 from alignment.run_metrics import end_progress
+from alignment.slurm_gang import allocated_gang
 from alignment.task import claim_devices, ends_at, served, timed_task, tracker
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
 
@@ -53,6 +54,7 @@ def iterate(config: Config, run: RunFolder, reward: RewardModelRef, judge: Judge
             on_event=on_event,
             check=server.check,
             grace_s=config.loop.stop_grace_s,
+            gang=allocated_gang(config),
         )
     checkpoint = newest_checkpoint(run.checkpoints)
     if stopped or until == total:

@@ -31,6 +31,7 @@ from alignment.config_sections import (
     ValidationSection,
     WandbSection,
 )
+from alignment.config_slurm import SlurmSection
 from alignment.config_training import RewardTrainingSection, SftSection, TrainingSection
 from alignment.errors import ConfigError
 
@@ -57,12 +58,18 @@ class Config(Section):
     validation: ValidationSection = ValidationSection()
     evaluation: EvaluationSection = EvaluationSection()
     resources: ResourcesSection = ResourcesSection()
+    slurm: SlurmSection = SlurmSection()
     wandb: WandbSection = WandbSection()
 
     @property
     def num_workers(self) -> int:
         """Worker processes of a step: one per GPU, or `resources.cpu_workers`."""
         return self.resources.gpu or self.resources.cpu_workers
+
+    @property
+    def phases_elsewhere(self) -> bool:
+        """Whether the phases of an RS step have nodes of their own, rather than that of the step that starts them."""
+        return bool(self.phases.run_with) or self.slurm.enabled
 
     def in_phase(self, name: str) -> Self:
         """This config as a task of that phase has it: its `resources` are the phase's where it names any."""
@@ -201,6 +208,6 @@ def _line(error: Any) -> str:
         return f"{key} ({error['input']!r}): unknown key; known here: {names}"
     if error["type"] == "value_error":
         return f"{key} ({error['input']!r}): {error['ctx']['error']}" if key else str(error["ctx"]["error"])
-    if error["type"] == "string_pattern_mismatch" and error["loc"][-1] == "max_time_per_run":
+    if error["type"] == "string_pattern_mismatch" and error["loc"][-1] in ("max_time_per_run", "time"):
         return f"{key} ({error['input']!r}): must be DD:HH:MM:SS, e.g. 00:03:45:00 for 3 h 45 min"
     return f"{key} ({error['input']!r}): {error['msg'][0].lower()}{error['msg'][1:]}"

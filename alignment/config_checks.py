@@ -6,10 +6,14 @@ All raise ValueError, which `alignment.config` makes a ConfigError, or ConfigErr
 import re
 from typing import TYPE_CHECKING
 
+from alignment.config_slurm import check_slurm
 from alignment.config_training import RewardTrainingSection, SftSection, TrainingSection
 
 if TYPE_CHECKING:
     from alignment.config import Config
+
+
+ADDRESS = r"(\[[0-9a-fA-F:]+\]|[^/:\s]+):\d+|env:[A-Za-z_][A-Za-z0-9_]*"
 
 
 def check_config(config: "Config") -> None:
@@ -55,12 +59,16 @@ def check_config(config: "Config") -> None:
     _check_reward_ensemble(config)
     _check_sft(config)
     _check_phases(config)
+    check_slurm(config)
     if config.reward.name == "policy":
         raise ValueError(
             "reward.name (policy) is what the registry calls the policies of runs: give the reward model another name"
         )
-    if config.reward.url is not None and not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^/:\s]+):\d+", config.reward.url):
-        raise ValueError(f"reward.url ({config.reward.url}) must be host:port of Triton's gRPC endpoint")
+    if config.reward.url is not None and not re.fullmatch(ADDRESS, config.reward.url):
+        raise ValueError(
+            f"reward.url ({config.reward.url}) must be host:port of Triton's gRPC endpoint, or env:NAME of an "
+            "environment variable that holds it"
+        )
 
 
 def _check_training(config: "Config", section: TrainingSection | RewardTrainingSection | SftSection) -> None:

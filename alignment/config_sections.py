@@ -149,7 +149,8 @@ class RewardSection(Section):
     repository: str | None = None
     """Triton model repository that exports go to, a folder or s3://bucket/prefix; null means <run.root>/triton_repo."""
     url: str | None = None
-    """host:port of an external Triton's gRPC; null starts one on loopback for as long as a task scores."""
+    """host:port of an external Triton's gRPC, or env:NAME of an environment variable that holds it, for a server that
+    moves; null starts one on loopback for as long as a task scores."""
     version: Name = Field("", pattern=r"^\d*$")
     """Version to score with, as it was exported; empty takes this recipe's (or the server's newest with `url`)."""
     grpc_port: int = Field(0, ge=0, le=65535)

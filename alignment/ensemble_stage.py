@@ -6,6 +6,7 @@ from typing import Any
 from alignment.config import Config
 from alignment.errors import ConfigError
 from alignment.reward_repository import SERVED_VERSIONS, exported_versions, read_export
+from alignment.reward_server import external_url
 from alignment.task import reward_client
 from alignment.types import RewardModelRef
 
@@ -39,8 +40,8 @@ def check_distinct(reward: RewardModelRef, others: dict[str, list[dict[str, Any]
 def _find(config: Config, key: str, text: str) -> RewardModelRef:
     """The version that `name` or `name/version` means: the newest where none is named."""
     name, _, version = text.partition("/")
-    if config.reward.url:
-        with reward_client(config, config.reward.url, name, version) as client:
+    if url := external_url(config.reward.url):
+        with reward_client(config, url, name, version) as client:
             return RewardModelRef(name, client.model_version, "", "", None)
     known = exported_versions(config.reward_repository, name)
     if (version not in known) if version else (not known):

@@ -130,7 +130,7 @@ def command(config: Config, run: RunFolder, step: int, origin: str | None, optio
 
 def side_by_side(config: Config) -> int:
     """Tasks at a time: all shards where they have nodes of their own, else what this node has cores and GPUs for."""
-    if config.phases.run_with:
+    if config.phases_elsewhere:
         return config.phases.shards
     own = config.in_phase("rollouts").resources
     by_cores = len(os.sched_getaffinity(0)) // own.cpu

@@ -36,13 +36,15 @@ GRACE_MARGIN_S = 5.0
 class Gang:
     """This node's place among those on which workers run together: `rank` of `count`, which meet at the first one.
 
-    `address` is the first node's, `port` one that is free there.
+    `address` is the first node's, `port` one that is free there. `through` is a command that runs what follows it on
+    all of them, where one process starts them all (`alignment.slurm_gang`).
     """
 
     rank: int
     count: int
     address: str
     port: int
+    through: tuple[str, ...] = ()
 
 
 def gang_port(name: str) -> int:
@@ -65,12 +67,13 @@ def run_workers(
 ) -> None:
     """Run `module` on `num_workers` ranks to its end. Raises the worker's own AlignmentError, or WorkerError.
 
-    With a gang of several nodes that many ranks run on each of them; all of them call this.
+    With a gang of several nodes that many ranks run on each of them; all of them call this, or one by `gang.through`.
 
     `check` is called every second and raises where the workers would wait in vain (a dead reward server).
     `grace_s` is how long workers may take to end when this process gives up on them, by Ctrl-C for instance.
     """
     command = [
+        *(gang.through if gang else ()),
         *[sys.executable, "-m", *_launcher(gang), f"--shutdown-timeout={math.ceil(grace_s + GRACE_MARGIN_S)}"],
         *[f"--nproc-per-node={num_workers}", "-m", module, *arguments],
     ]
@@ -113,8 +116,10 @@ def _launcher(gang: Gang | None) -> list[str]:
     """The module that starts this node's ranks, and what tells it of the other nodes."""
     if gang is None or gang.count == 1:
         return ["alignment.one_node"]
-    nodes = ["--nnodes", str(gang.count), "--node-rank", str(gang.rank)]
-    return ["alignment.gang_node", *nodes, "--master-addr", gang.address, "--master-port", str(gang.port)]
+    meeting = ["--nnodes", str(gang.count), "--master-addr", gang.address, "--master-port", str(gang.port)]
+    if gang.through:
+        return ["alignment.slurm_node", *meeting]
+    return ["alignment.gang_node", "--node-rank", str(gang.rank), *meeting]
 
 
 def _watch(process: subprocess.Popen[str], check: Callable[[], None], reported: list[AlignmentError]) -> None:

@@ -61,14 +61,14 @@ class Stop:
 
     def listen(self) -> None:
         """From now on, take the end of standard input, SIGTERM and SIGINT for requests. Call in the main thread."""
-        _when_stdin_ends(lambda: self.request("its owner has ended"))
+        act_with_stdin(lambda: self.request("its owner has ended"))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda n, _: self.request(signal.Signals(n).name))
 
 
 def end_with_stdin() -> None:
     """From now on, end this process as soon as its standard input reaches its end."""
-    _when_stdin_ends(lambda: os._exit(ORPHANED))
+    act_with_stdin(lambda: os._exit(ORPHANED))
 
 
 def end_with_parent(poll_s: float = 0.5) -> None:
@@ -99,7 +99,7 @@ def interrupt_with_stdin(grace_s: float = INTERRUPTED_S) -> None:
         time.sleep(grace_s)
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
-    _when_stdin_ends(interrupt)
+    act_with_stdin(interrupt)
 
 
 @contextlib.contextmanager
@@ -129,7 +129,9 @@ def acting_after(seconds: float | None, act: Callable[[], None]) -> Iterator[Non
         timer.cancel()
 
 
-def _when_stdin_ends(act: Callable[[], None]) -> None:
+def act_with_stdin(act: Callable[[], None]) -> None:
+    """From now on, call `act` in a thread of its own once the standard input of this process ends."""
+
     def watch() -> None:
         while os.read(sys.stdin.fileno(), 1):
             pass

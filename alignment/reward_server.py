@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignment.atomic_files import disk_errors
-from alignment.errors import RewardServerError
+from alignment.errors import ConfigError, RewardServerError
 from infra.triton import log_tail
 from infra.triton_setup import EXIT_TIMEOUT_S, free_ports
 
 SOURCE_ROOT = Path(__file__).resolve().parent.parent
+VARIABLE = "env:"
+"""What a `reward.url` begins with that names an environment variable."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,19 @@ class RewardServer:
             f"the local reward server ended with code {self.process.returncode}; the last lines of {self.log}:\n"
             f"{log_tail(self.log)}"
         )
+
+
+def external_url(url: str | None) -> str | None:
+    """host:port of what `reward.url` names, which may be the variable that holds it. Raises ConfigError."""
+    if url is None or not url.startswith(VARIABLE):
+        return url
+    name = url.removeprefix(VARIABLE)
+    if name.isdecimal():  # the port of a host of that name
+        return url
+    found = os.environ.get(name, "")
+    if ":" not in found:
+        raise ConfigError(f"reward.url ({url}): {name} ({found!r}) must be set to host:port of Triton's gRPC endpoint")
+    return found
 
 
 @contextmanager

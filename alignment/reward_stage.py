@@ -19,6 +19,7 @@ from alignment.preparation import cache_folder
 from alignment.progress import FitLines
 from alignment.reward_data import TEST, RewardData, read_reward_data
 from alignment.reward_repository import export_place, find_export, read_export
+from alignment.reward_server import external_url
 from alignment.run_folder import RunFolder
 from alignment.task import fit_on_workers, reward_client
 from alignment.types import RewardModelRef
@@ -37,8 +38,8 @@ def prepare_reward_model(config: Config, on_note: Note, run_id: str = "") -> Rew
     `run_id` goes into a new version's card. Raises AlignmentError.
     """
     reward = config.reward
-    if reward.url:
-        return _external(config, reward.url)
+    if url := external_url(reward.url):
+        return _external(config, url)
     if reward.version:
         on_note(f"reward model: version {reward.version} scores, with the template and lengths of its export")
         return read_export(config.reward_repository, reward.name, reward.version, config.run)

@@ -137,7 +137,7 @@ def from_run(folder: Path, inputs: Inputs) -> tuple[Inputs, dict[str, int]]:
         micro_batch_size=config.training.micro_batch_size,
     )
     seconds = {phase: sum(r["seconds"][phase] for r in measured) / len(measured) for phase in measured[0]["seconds"]}
-    found, gpus = replace(inputs, model=model_of(run), shape=shape), config.num_workers
+    found, gpus = replace(inputs, model=model_of(run), shape=shape), config.slurm.nodes * config.num_workers
     plan, trained = {"tensor_parallel": own.vllm_tensor_parallel}, {}
     if config.loop.executor == "disaggregated":
         gpus = config.phases.shards

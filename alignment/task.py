@@ -14,7 +14,7 @@ from alignment.errors import ConfigError
 from alignment.launch import run_workers
 from alignment.progress import FitLines
 from alignment.reward_repository import local_repository
-from alignment.reward_server import RewardServer, reward_server
+from alignment.reward_server import RewardServer, external_url, reward_server
 from alignment.run_folder import RunFolder
 from alignment.tracking import Tracker, tracked
 from alignment.types import RewardModelRef
@@ -125,7 +125,7 @@ def served(config: Config, run: RunFolder, reward: RewardModelRef) -> Iterator[R
                 repository=repository,
                 name=reward.name,
                 version=reward.version,
-                url=config.reward.url,
+                url=external_url(config.reward.url),
                 grpc_port=config.reward.grpc_port,
                 log=run.path / "logs" / "triton.log",
                 threads=config.resources.threads,

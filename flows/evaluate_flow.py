@@ -1,6 +1,7 @@
 """Any checkpoint against any base: `python flows/evaluate_flow.py --set evaluation.model=… run`."""
 
 from sources import CONFIG_HELP, DEFAULT_PRESET, PACKAGED, SUFFIXES, main, parse_preset, tag, task, typed  # isort: skip
+from cluster import on_cluster  # isort: skip
 
 from metaflow import Config, FlowSpec, config_expr, current, package_sources, resources, step
 
@@ -36,6 +37,7 @@ class EvaluateFlow(FlowSpec):
             )
         self.next(self.reward_model)
 
+    @on_cluster
     @resources(gpu=GPU, cpu=CPU, memory=MEMORY)
     @step
     def reward_model(self):
@@ -47,6 +49,7 @@ class EvaluateFlow(FlowSpec):
         tag("reward_model:{name}/{version}".format(**self.reward_model_ref))
         self.next(self.evaluate)
 
+    @on_cluster
     @resources(gpu=GPU, cpu=CPU, memory=MEMORY)
     @step
     def evaluate(self):

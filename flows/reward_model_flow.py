@@ -1,6 +1,7 @@
 """Train a reward model and export it as a version of a Triton repository: `python flows/reward_model_flow.py run`."""
 
 from sources import CONFIG_HELP, DEFAULT_PRESET, PACKAGED, SUFFIXES, main, parse_preset, tag, task, typed  # isort: skip
+from cluster import on_cluster  # isort: skip
 
 from metaflow import Config, FlowSpec, config_expr, current, package_sources, resources, step
 
@@ -30,6 +31,7 @@ class RewardModelFlow(FlowSpec):
             check_reward_inputs(typed(self.config))
         self.next(self.reward_model)
 
+    @on_cluster
     @resources(gpu=GPU, cpu=CPU, memory=MEMORY)
     @step
     def reward_model(self):

@@ -1,6 +1,7 @@
 """Rejection-sampling alignment: `python flows/rs_flow.py run`."""
 
 from sources import CONFIG_HELP, DEFAULT_PRESET, PACKAGED, SUFFIXES, main, parse_preset, tag, task, typed  # isort: skip
+from cluster import iterating_on_cluster, on_cluster  # isort: skip
 
 from metaflow import Config, FlowSpec, config_expr, current, package_sources, resources, step
 
@@ -37,6 +38,7 @@ class RSFlow(FlowSpec):
         self.iteration = 0
         self.next(self.reward_model)
 
+    @on_cluster
     @resources(gpu=GPU, cpu=CPU, memory=MEMORY)
     @step
     def reward_model(self):
@@ -48,6 +50,7 @@ class RSFlow(FlowSpec):
         tag("reward_model:{name}/{version}".format(**self.reward_model_ref))
         self.next(self.iterate)
 
+    @iterating_on_cluster
     @resources(gpu=OWN_GPU, cpu=CPU, memory=MEMORY)
     @step
     def iterate(self):
@@ -62,6 +65,7 @@ class RSFlow(FlowSpec):
         self.again = "yes" if steps_left else "no"
         self.next({"yes": self.iterate, "no": self.evaluate}, condition="again")
 
+    @on_cluster
     @resources(gpu=GPU, cpu=CPU, memory=MEMORY)
     @step
     def evaluate(self):

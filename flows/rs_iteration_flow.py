@@ -4,6 +4,7 @@ Without `--run_path` it begins a run of its own. RSFlow runs it for each RS step
 """
 
 from sources import CONFIG_HELP, DEFAULT_PRESET, PACKAGED, SUFFIXES, main, parse_preset, task, typed  # isort: skip
+from cluster import on_cluster  # isort: skip
 
 from metaflow import (
     Config,
@@ -22,7 +23,7 @@ from metaflow import (
 
 
 def phase(name):
-    """@resources, @retry and @timeout of a phase, as the config has them."""
+    """@resources, @retry, @timeout and the cluster's job of a phase, as the config has them."""
 
     def of(key):
         return config_expr(f"typed(config).{key}")
@@ -30,20 +31,20 @@ def phase(name):
     def decorated(function):
         asked = {key: of(f"in_phase({name!r}).resources.{key}") for key in ("gpu", "cpu", "memory")}
         limited = timeout(seconds=of(f"phases.{name}.timeout_s"))(function)
-        return resources(**asked)(retry(times=of(f"phases.{name}.retries"))(limited))
+        return on_cluster(resources(**asked)(retry(times=of(f"phases.{name}.retries"))(limited)))
 
     return decorated
 
 
 def preparing(function):
-    """@resources, @retry and @timeout of the preparation: it trains, for as long as an update may, and validates."""
+    """@resources, @retry, @timeout and job of the preparation: it trains, as long as an update may, and validates."""
 
     def of(key):
         return config_expr(f"max(typed(config).{key}, typed(config).in_phase('validation').{key})")
 
     asked = {key: of(f"resources.{key}") for key in ("gpu", "cpu", "memory")}
     limited = timeout(seconds=config_expr("config.phases['update'].timeout_s"))(function)
-    return resources(**asked)(retry(times=config_expr("config.phases['update'].retries"))(limited))
+    return on_cluster(resources(**asked)(retry(times=config_expr("config.phases['update'].retries"))(limited)))
 
 
 class may_be_lost(StepMutator):

@@ -1,6 +1,7 @@
 """Supervised fine-tuning, the usual step before rejection sampling: `python flows/sft_flow.py run`."""
 
 from sources import CONFIG_HELP, DEFAULT_PRESET, PACKAGED, SUFFIXES, main, parse_preset, tag, task, typed  # isort: skip
+from cluster import on_cluster  # isort: skip
 
 from metaflow import Config, FlowSpec, config_expr, current, package_sources, resources, step
 
@@ -34,6 +35,7 @@ class SFTFlow(FlowSpec):
             self.run_path, self.data = begin_sft(typed(self.config), current.run_id, current.origin_run_id)
         self.next(self.train)
 
+    @on_cluster
     @resources(gpu=GPU, cpu=CPU, memory=MEMORY)
     @step
     def train(self):

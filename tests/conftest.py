@@ -4,8 +4,19 @@ import signal
 
 from reward_fixtures import served_reward_model
 from s3_fixtures import bucket, ceph_server, flaky, moto_server, server_name
+from slurm_fixtures import cluster, slurm_exports, slurm_undisturbed
 
-__all__ = ["bucket", "ceph_server", "flaky", "moto_server", "served_reward_model", "server_name"]
+__all__ = [
+    "bucket",
+    "ceph_server",
+    "cluster",
+    "flaky",
+    "moto_server",
+    "served_reward_model",
+    "server_name",
+    "slurm_exports",
+    "slurm_undisturbed",
+]
 
 # A shell that starts its commands in the background makes them deaf to Ctrl-C, and their children too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -11,6 +11,7 @@ import pytest
 import config_effects as see
 import phase_effects as phases
 import sft_effects as sft
+import slurm_effects as slurm
 from alignment.config import Config, apply_overrides, load_config, parse_config, validate_config
 from alignment.config_sections import Section
 from alignment.errors import ConfigError
@@ -18,6 +19,8 @@ from flow_runs import ROOT, SMOKE, Place
 
 VLLM = ("rollouts.engine=vllm", "resources.gpu=2")
 DISAGGREGATED = ("loop.executor=disaggregated", "loop.steps_per_iteration=1")
+SLURM = ("slurm.enabled=true",)
+PYXIS = ("slurm.container=pyxis", "slurm.image=image.sqsh")
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -133,6 +136,49 @@ def test_each_bad_value_is_one_line_with_key_value_and_remedy() -> None:
             "rollouts.stop and rollouts.min_new_tokens (3) do not go together with rollouts.engine=vllm, which looks "
             "for no stop string before the least length: unset one of them, or set rollouts.engine=in_process",
         ),
+        (
+            ["slurm.time=4:00:00"],
+            "slurm.time (14400): write it as quoted text, DD:HH:MM:SS, e.g. '00:03:45:00' for 3 h 45 min",
+        ),
+        (["slurm.time=04:00"], "slurm.time ('04:00'): must be DD:HH:MM:SS, e.g. 00:03:45:00 for 3 h 45 min"),
+        (
+            ["slurm.container=pyxis"],
+            "slurm.container (pyxis) needs slurm.image: name one, or leave both out",
+        ),
+        (
+            ["slurm.mounts=[/data]"],
+            "slurm.mounts (/data) is read with slurm.container only: set that to pyxis or apptainer, or leave "
+            "slurm.mounts out",
+        ),
+        (["slurm.nodes=2"], "slurm.nodes (2) is read with slurm.enabled only: set that to true, or leave it 1"),
+        (
+            [*SLURM, "slurm.nodes=2"],
+            "slurm.nodes (2) needs reward.url, since a reward server that a step starts answers its own node alone: "
+            "start one (infra/slurm/rs_hetjob.sbatch does), or set slurm.nodes=1",
+        ),
+        (
+            [*SLURM, "slurm.nodes=2", "reward.url=a:1", *DISAGGREGATED],
+            "slurm.nodes (2) are those of a colocated iteration: set it to 1, or loop.executor=colocated",
+        ),
+        (
+            [*SLURM, "slurm.nodes=2", "reward.url=a:1", "run.root=s3://bucket/runs"],
+            "slurm.nodes (2) with run.root (s3://bucket/runs): the nodes write one checkpoint together, but under "
+            "s3:// each has a copy of its own. Set slurm.nodes=1, or run.root to a folder that all nodes see",
+        ),
+        (
+            [*SLURM, "slurm.nodes=2", "reward.url=a:1", *PYXIS],
+            "slurm.nodes (2) with slurm.container (pyxis): the step starts the other nodes with srun, which a "
+            "container does not hold. Set slurm.nodes=1, or leave slurm.container out",
+        ),
+        (
+            [*SLURM, "phases.run_with=[kubernetes]"],
+            "phases.run_with (kubernetes) and slurm.enabled both say where phases run: leave one of them out",
+        ),
+        (
+            [*SLURM, "phases.update_nodes=2"],
+            "phases.update_nodes (2) with slurm.enabled: Metaflow would start all nodes of the update in one job of "
+            "one node. Set phases.update_nodes=1, or train on slurm.nodes with loop.executor=colocated",
+        ),
         (["training.min_lr=0.1"], "training.min_lr (0.1) must be <= training.lr (0.001)"),
         (
             ["training.constant_steps=1"],
@@ -242,7 +288,11 @@ def test_each_bad_value_is_one_line_with_key_value_and_remedy() -> None:
             "phases.max_lost_shards (2) must be < phases.shards (2): a step needs rollouts of one at least; lower the "
             "first or raise the second",
         ),
-        (["reward.url=localhost"], "reward.url (localhost) must be host:port of Triton's gRPC endpoint"),
+        (
+            ["reward.url=localhost"],
+            "reward.url (localhost) must be host:port of Triton's gRPC endpoint, or env:NAME of an environment "
+            "variable that holds it",
+        ),
     ],
 )
 def test_two_keys_that_do_not_go_together(overrides: list[str], expected: str) -> None:
@@ -317,7 +367,7 @@ def test_a_section_that_stands_there_twice_is_refused() -> None:
 def test_every_field_is_explained() -> None:
     texts = [
         (ROOT / "alignment" / f"{name}.py").read_text()
-        for name in ("config", "config_phases", "config_sections", "config_training")
+        for name in ("config", "config_phases", "config_sections", "config_slurm", "config_training")
     ]
     classes = [node for text in texts for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
     explained = set()
@@ -567,6 +617,20 @@ EFFECTS = {
     "resources.memory": Effect(12345, see.cluster_request, ("0", "1.0", "12345.0M"), MEMORY),
     "resources.cpu_workers": Effect(2, see.num_workers, 2),
     "resources.threads": Effect(2, see.threads, 2),
+    "slurm.enabled": Effect(True, slurm.decorators, ["retry", "srun"]),
+    "slurm.partition": Effect("gpu", slurm.option("--partition"), ["gpu"], SLURM),
+    "slurm.account": Effect("lab", slurm.option("--account"), ["lab"], SLURM),
+    "slurm.qos": Effect("high", slurm.option("--qos"), ["high"], SLURM),
+    "slurm.constraint": Effect("a100", slurm.option("--constraint"), ["a100"], SLURM),
+    "slurm.time": Effect("01:02:03:04", slurm.option("--time"), ["1-02:03:04"], SLURM),
+    "slurm.nodes": Effect(2, slurm.option("--nodes"), ["2", "1"], (*SLURM, "reward.url=127.0.0.1:9")),
+    "slurm.retries": Effect(3, slurm.retries, 3, SLURM),
+    "slurm.container": Effect(
+        "apptainer", slurm.in_front_of_python, ["apptainer", "exec", "image.sqsh"], (*SLURM, *PYXIS)
+    ),
+    "slurm.image": Effect("other.sqsh", slurm.option("--container-image"), ["other.sqsh"], (*SLURM, *PYXIS)),
+    "slurm.mounts": Effect(["/data"], slurm.option("--container-mounts"), ["/data:/data"], (*SLURM, *PYXIS)),
+    "slurm.extra_args": Effect(["--reservation=ours"], slurm.option("--reservation"), ["ours"], SLURM),
     "wandb.mode": Effect("offline", see.wandb_run, ["rejection-sampling"]),
     "wandb.project": Effect("other", see.wandb_run, ["other"], ("wandb.mode=offline",)),
 }
