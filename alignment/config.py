@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from alignment.config_checks import check_config
+from alignment.config_kubernetes import KubernetesSection
 from alignment.config_phases import PhaseSection, PhasesSection
 from alignment.config_sections import (
     EvaluationSection,
@@ -57,12 +58,18 @@ class Config(Section):
     validation: ValidationSection = ValidationSection()
     evaluation: EvaluationSection = EvaluationSection()
     resources: ResourcesSection = ResourcesSection()
+    kubernetes: KubernetesSection = KubernetesSection()
     wandb: WandbSection = WandbSection()
 
     @property
     def num_workers(self) -> int:
         """Worker processes of a step: one per GPU, or `resources.cpu_workers`."""
         return self.resources.gpu or self.resources.cpu_workers
+
+    @property
+    def run_with(self) -> tuple[str, ...]:
+        """Metaflow's decorators that take the tasks of an inner run to other nodes; none where all stay on this one."""
+        return (*self.phases.run_with, *(["kubernetes"] if self.kubernetes.image else []))
 
     def in_phase(self, name: str) -> Self:
         """This config as a task of that phase has it: its `resources` are the phase's where it names any."""

@@ -1,6 +1,7 @@
 """Rejection-sampling alignment: `python flows/rs_flow.py run`."""
 
 from sources import CONFIG_HELP, DEFAULT_PRESET, PACKAGED, SUFFIXES, main, parse_preset, tag, task, typed  # isort: skip
+from placement import placed  # isort: skip
 
 from metaflow import Config, FlowSpec, config_expr, current, package_sources, resources, step
 
@@ -9,6 +10,7 @@ OWN_GPU = config_expr("config.resources.gpu if config.loop.executor == 'colocate
 """Of the step that loops: the disaggregated executor's phases have GPUs of their own."""
 
 
+@placed()
 @package_sources(PACKAGED, suffixes=SUFFIXES)
 class RSFlow(FlowSpec):
     """Align a language model by rejection sampling.

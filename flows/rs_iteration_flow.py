@@ -4,6 +4,7 @@ Without `--run_path` it begins a run of its own. RSFlow runs it for each RS step
 """
 
 from sources import CONFIG_HELP, DEFAULT_PRESET, PACKAGED, SUFFIXES, main, parse_preset, task, typed  # isort: skip
+from placement import placed  # isort: skip
 
 from metaflow import (
     Config,
@@ -54,6 +55,7 @@ class may_be_lost(StepMutator):
             mutable_step.add_decorator("catch", deco_kwargs={"var": "lost"})
 
 
+@placed()
 @package_sources(PACKAGED, suffixes=SUFFIXES)
 class RSIterationFlow(FlowSpec):
     """One RS step of a run, phase by phase, so that each phase may have nodes of its own.
