@@ -133,6 +133,33 @@ def test_each_bad_value_is_one_line_with_key_value_and_remedy() -> None:
             "rollouts.stop and rollouts.min_new_tokens (3) do not go together with rollouts.engine=vllm, which looks "
             "for no stop string before the least length: unset one of them, or set rollouts.engine=in_process",
         ),
+        (
+            ["kubernetes.namespace=team"],
+            "kubernetes.namespace (team) is of pods, and kubernetes.image is null, so that no task is one: set "
+            "kubernetes.image, or leave it out",
+        ),
+        *(
+            (
+                [f"kubernetes.image={image}"],
+                f"kubernetes.image ({image}) must end with an exact tag or digest, so that all tasks have the same: "
+                "name:0.1.0, say",
+            )
+            for image in (
+                "alignment-trainer",
+                "registry.example.com:5000/alignment-trainer",
+                "alignment-trainer:latest",
+            )
+        ),
+        (
+            ["kubernetes.image=x:1", "kubernetes.volume_claims={runs: /mnt}"],
+            "run.root (runs) must be seen by all tasks, which kubernetes.image makes pods: set it to a prefix s3://…, "
+            "or to a folder in one of kubernetes.volume_claims",
+        ),
+        (
+            ["kubernetes.image=x:1", "run.root=s3://b/runs", "reward.repository=/models"],
+            "reward.repository (/models) must be seen by all tasks, which kubernetes.image makes pods: set it to a "
+            "prefix s3://…, or to a folder in one of kubernetes.volume_claims",
+        ),
         (["training.min_lr=0.1"], "training.min_lr (0.1) must be <= training.lr (0.001)"),
         (
             ["training.constant_steps=1"],
@@ -363,6 +390,7 @@ class Effect(NamedTuple):
 
 
 THREE_STEPS = "loop.steps_per_iteration=3"
+PODS = ("run.root=s3://b/runs", "kubernetes.image=registry/x:1")
 MEMORY = ("resources.memory=8000",)  # Metaflow raises what is below its own default for Kubernetes
 
 
@@ -567,6 +595,22 @@ EFFECTS = {
     "resources.memory": Effect(12345, see.cluster_request, ("0", "1.0", "12345.0M"), MEMORY),
     "resources.cpu_workers": Effect(2, see.num_workers, 2),
     "resources.threads": Effect(2, see.threads, 2),
+    "kubernetes.image": Effect("registry/x:1", see.decorators_of_pods, ("kubernetes",), ("run.root=s3://b/runs",)),
+    **{
+        f"kubernetes.{field}": Effect(value, see.pod_has(attribute), becomes, PODS)
+        for field, value, attribute, becomes in (
+            ("namespace", "team", "namespace", "team"),
+            ("service_account", "runs", "service_account", "runs"),
+            ("secrets", ["keys"], "secrets", ["keys"]),
+            ("image_pull_secrets", ["keys"], "image_pull_secrets", ["keys"]),
+            ("node_selector", {"pool": "a"}, "node_selector", {"pool": "a"}),
+            ("gpu_node_selector", {"gpu": "h100"}, "node_selector", {"gpu": "h100"}),
+            ("tolerations", [{"key": "gpu"}], "tolerations", [{"key": "gpu"}]),
+            ("shared_memory", 64, "shared_memory", 64),
+            ("disk", 20000, "disk", 20000),
+            ("volume_claims", {"v": "/v"}, "persistent_volume_claims", {"v": "/v"}),
+        )
+    },
     "wandb.mode": Effect("offline", see.wandb_run, ["rejection-sampling"]),
     "wandb.project": Effect("other", see.wandb_run, ["other"], ("wandb.mode=offline",)),
 }

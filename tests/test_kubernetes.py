@@ -8,6 +8,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from alignment.config import load_config
 from infra.triton_options import parser
 from manifests import MANIFESTS, ROOT, objects_of, only, rendered, rendered_together
 
@@ -15,7 +16,8 @@ KUBERNETES = "1.29"
 NAME = {"app.kubernetes.io/name": "reward-model"}
 PLAIN = [
     path
-    for path in [*MANIFESTS.glob("base/*.yaml"), *MANIFESTS.glob("components/run-progress/*.yaml")]
+    for folder in ("base", "components/run-progress", "components/runs")
+    for path in (MANIFESTS / folder).glob("*.yaml")
     if path.name != "kustomization.yaml"
 ]
 """Files whose objects are whole; those of overlays are patches."""
@@ -81,6 +83,21 @@ def test_keys_are_references_and_no_secret_is_in_the_manifests(tmp_path: Path) -
     keys = {e["name"]: e for e in triton(objects)["env"] if e["name"].startswith("AWS_") and "KEY" in e["name"]}
     assert set(keys) == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
     assert all("value" not in one and "secretKeyRef" in one["valueFrom"] for one in keys.values())
+
+
+@needs_kustomize
+def test_a_namespace_of_runs_gets_an_account_that_may_start_pods_there_alone(tmp_path: Path) -> None:
+    own = "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nnamespace: team\n"
+    objects = rendered_together(tmp_path, own + "components: [alignment/infra/kubernetes/components/runs]\n")
+    check(objects)
+    assert {(one["kind"], one["metadata"]["namespace"]) for one in objects} == {
+        ("ServiceAccount", "team"), ("Role", "team"), ("RoleBinding", "team")
+    }  # fmt: skip
+    name = only(objects, "ServiceAccount", "alignment-runs")["metadata"]["name"]
+    assert only(objects, "RoleBinding", name)["subjects"] == [
+        {"kind": "ServiceAccount", "name": name, "namespace": "team"}
+    ]
+    assert load_config(ROOT / "configs" / "kubernetes.yaml").kubernetes.service_account == name
 
 
 @needs_kustomize
