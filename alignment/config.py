@@ -67,9 +67,9 @@ class Config(Section):
         return self.resources.gpu or self.resources.cpu_workers
 
     @property
-    def run_with(self) -> tuple[str, ...]:
-        """Metaflow's decorators that take the tasks of an inner run to other nodes; none where all stay on this one."""
-        return (*self.phases.run_with, *(["kubernetes"] if self.kubernetes.image else []))
+    def phases_elsewhere(self) -> bool:
+        """Whether the phases of an RS step run on nodes of their own, not on that of the step that starts them."""
+        return bool(self.phases.run_with) or self.kubernetes.image is not None
 
     def in_phase(self, name: str) -> Self:
         """This config as a task of that phase has it: its `resources` are the phase's where it names any."""

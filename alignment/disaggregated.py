@@ -95,7 +95,7 @@ def sample_shard(config: Config, place: Place, shard: int) -> tuple[list[Plain],
     begun = time.monotonic()
     with opened(config, place["run_path"], writes=False) as run:
         _check_place(run, place)
-        if config.resources.gpu and not config.run_with:
+        if config.resources.gpu and not config.phases_elsewhere:
             take_gpu(run.path)
         prompts = _shards(config, run, place["step"])[shard]
         rollouts = sample(

@@ -123,14 +123,14 @@ def command(config: Config, run: RunFolder, step: int, origin: str | None, optio
         words += ["resume", "--origin-run-id", origin]
     for tag in _tags(run, step):
         words += ["--tag", tag]
-    for decorator in config.run_with:
+    for decorator in (*phases.run_with, *(["kubernetes"] if config.kubernetes.image else [])):
         words += ["--with", decorator]
     return [*words, "--max-num-splits", str(max(SPLITS, phases.shards)), "--max-workers", str(side_by_side(config))]
 
 
 def side_by_side(config: Config) -> int:
     """Tasks at a time: all shards where they have nodes of their own, else what this node has cores and GPUs for."""
-    if config.run_with:
+    if config.phases_elsewhere:
         return config.phases.shards
     own = config.in_phase("rollouts").resources
     by_cores = len(os.sched_getaffinity(0)) // own.cpu

@@ -589,11 +589,6 @@ def _cluster_request(gpu: int, cpu: int, memory: int) -> tuple[str | None, str, 
     return resources["limits"].get("nvidia.com/gpu"), resources["requests"]["cpu"], resources["requests"]["memory"]
 
 
-def decorators_of_pods(config: Config) -> tuple[str, ...]:
-    """What takes a task of an inner run elsewhere; test_argo.py and test_kubernetes_flow.py see the pods themselves."""
-    return config.run_with
-
-
 def pod_has(attribute: str) -> Any:
     """What a step with a GPU tells @kubernetes of its pod."""
     return lambda config: config.kubernetes.pod(1).get(attribute)

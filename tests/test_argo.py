@@ -1,4 +1,4 @@
-"""The flows as Argo Workflows would get them: compiled, and each pod against Kubernetes' schema. No Argo runs them here."""
+"""The flows as Argo Workflows would get them: compiled, each pod against Kubernetes' schema. No Argo runs them here."""
 
 import functools
 import json

@@ -595,7 +595,7 @@ EFFECTS = {
     "resources.memory": Effect(12345, see.cluster_request, ("0", "1.0", "12345.0M"), MEMORY),
     "resources.cpu_workers": Effect(2, see.num_workers, 2),
     "resources.threads": Effect(2, see.threads, 2),
-    "kubernetes.image": Effect("registry/x:1", see.decorators_of_pods, ("kubernetes",), ("run.root=s3://b/runs",)),
+    "kubernetes.image": Effect("registry/x:1", see.pod_has("image"), "registry/x:1", ("run.root=s3://b/runs",)),
     **{
         f"kubernetes.{field}": Effect(value, see.pod_has(attribute), becomes, PODS)
         for field, value, attribute, becomes in (
