@@ -212,7 +212,7 @@ def _fits(inner: Any, step: int, from_sha256: str | None) -> bool:
     place = _artifact(inner, "start", "place")
     if place is None or place["step"] != step:
         return False
-    trained = any(task.finished for task in _tasks(inner, "update"))
+    trained = any(task.finished for name in ("update", "gang_update") for task in _tasks(inner, name))
     return from_sha256 is None or (place["from_sha256"] == from_sha256 and not trained)
 
 

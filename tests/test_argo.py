@@ -30,7 +30,8 @@ SETTINGS = (
 STEPS = {
     "rs_flow": {"start", "reward-model", "recursive-iterate", "evaluate", "end"},
     "rs_iteration_flow": {
-        "start", "preparation", "sharding", "rollouts", "scoring", "selection", "update", "validation", "end"
+        *("start", "preparation", "sharding", "rollouts", "scoring", "selection", "update"),
+        *("gang", "gang-update", "gang-done", "validation", "end"),
     },
     "sft_flow": {"start", "train", "end"},
     "evaluate_flow": {"start", "reward-model", "evaluate", "end"},
@@ -39,7 +40,7 @@ STEPS = {
 GPUS = {
     "rs_flow": {"reward-model": "8", "recursive-iterate": "8", "evaluate": "8"},
     # A shard and the validation sample in one process.
-    "rs_iteration_flow": {"preparation": "8", "rollouts": "1", "update": "8", "validation": "1"},
+    "rs_iteration_flow": {"preparation": "8", "rollouts": "1", "update": "8", "gang-update": "8", "validation": "1"},
     "sft_flow": {"train": "8"},
     "evaluate_flow": {"reward-model": "8", "evaluate": "8"},
     "reward_model_flow": {"reward-model": "8"},
@@ -92,9 +93,9 @@ def test_iterate_calls_itself_until_no_step_is_left() -> None:
     assert again["when"] == "{{steps.iterate-internal.outputs.parameters.switch-step}}==iterate"
 
 
-def test_the_update_is_a_jobset() -> None:
-    update = next(t for t in workflow("rs_iteration_flow")["spec"]["templates"] if t["name"] == "update")
-    made = job_set(update)
+def test_the_update_of_several_nodes_is_a_jobset() -> None:
+    templates = {template["name"]: template for template in workflow("rs_iteration_flow")["spec"]["templates"]}
+    made = job_set(templates["gang-update"])
     assert made["apiVersion"].startswith("jobset.x-k8s.io/") and made["kind"] == "JobSet"
     for part in made["spec"]["replicatedJobs"]:
         job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {}, "spec": part["template"]["spec"]}

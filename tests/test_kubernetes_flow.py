@@ -160,7 +160,7 @@ def test_the_phases_of_a_step_are_pods_that_a_pod_starts_and_the_update_is_a_gan
         done = fresh.run("run", reward__url=bench.url, **settings)
     assert done.status == 0, done.output[-6000:] + fresh.api.logs()
     pods = Counter(pod.step for pod in fresh.api.pods)
-    assert (pods["iterate"], pods["rollouts"], pods["update"]) == (1, 2, 2)
+    assert (pods["iterate"], pods["rollouts"], pods["gang_update"]) == (1, 2, 2)
     gangs = [one for one in fresh.api.posted if one["kind"] == "JobSet"]
     assert [[part["replicas"] for part in gang["spec"]["replicatedJobs"]] for gang in gangs] == [[1, 1]]
     run = next((volume / "runs").glob("[0-9]*"))
