@@ -67,6 +67,7 @@ def test_the_example_of_the_docs_reads_s3_and_mounts_no_volume(tmp_path: Path) -
     check(objects)
     container, pod = triton(objects), only(objects, "Deployment")["spec"]["template"]["spec"]
     assert "--repository=$(MODEL_REPOSITORY)" in container["args"] and "--repository=/models" not in container["args"]
+    assert not parser().parse_args(container["args"]).follow  # which the launcher refuses of a prefix in S3
     assert not any(one["kind"] == "PersistentVolumeClaim" and "repository" in str(one) for one in objects)
     assert {volume["name"] for volume in pod["volumes"]} == {"scratch", "shared-memory"}
     assert {mount["name"] for mount in container["volumeMounts"]} == {"scratch", "shared-memory"}
