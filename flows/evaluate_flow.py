@@ -1,9 +1,10 @@
 """Any checkpoint against any base: `python flows/evaluate_flow.py --set evaluation.model=… run`."""
 
 from sources import CONFIG_HELP, DEFAULT_PRESET, PACKAGED, SUFFIXES, main, parse_preset, tag, task, typed  # isort: skip
-from placement import placed  # isort: skip
 
 from metaflow import Config, FlowSpec, config_expr, current, package_sources, resources, step
+
+from placement import placed
 
 GPU, CPU, MEMORY = (config_expr(f"config.resources.{name}") for name in ("gpu", "cpu", "memory"))
 

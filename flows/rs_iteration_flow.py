@@ -4,7 +4,6 @@ Without `--run_path` it begins a run of its own. RSFlow runs it for each RS step
 """
 
 from sources import CONFIG_HELP, DEFAULT_PRESET, PACKAGED, SUFFIXES, main, parse_preset, task, typed  # isort: skip
-from placement import placed  # isort: skip
 
 from metaflow import (
     Config,
@@ -20,6 +19,8 @@ from metaflow import (
     step,
     timeout,
 )
+
+from placement import placed
 
 
 def phase(name):
