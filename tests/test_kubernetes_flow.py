@@ -18,7 +18,8 @@ from alignment.workspace import find_run
 from flow_runs import wait_for
 from interruptions import served_bench
 from kubernetes_runs import IMAGE, KEYS, cluster
-from s3_flow_runs import names
+from pod_processes import Pod
+from s3_flow_runs import Node, names
 from s3_servers import use
 from test_packaging import FEW_MB
 
@@ -61,6 +62,11 @@ def fresh(ceph_server, tmp_path, monkeypatch):
         yield place
 
 
+def env(pod: Pod) -> dict[str, str]:
+    """The values that a pod's manifest gives its container."""
+    return {e["name"]: e["value"] for e in pod.manifest["spec"]["containers"][0]["env"] if "value" in e}
+
+
 def step_numbers(run: str) -> list[int]:
     """The RS steps that a run has records of, in their order."""
     records = [json.loads(line) for line in read_bytes(f"{run}/metrics.jsonl")[0].splitlines()]
@@ -86,6 +92,12 @@ def test_pods_are_what_the_config_asks_for(place, aligned):
         assert {"name": "dhsm", "mountPath": "/dev/shm"} in container["volumeMounts"]
     limits = {pod.step: pod.manifest["spec"]["containers"][0]["resources"]["limits"] for pod in place.api.pods}
     assert limits["iterate"].get("nvidia.com/gpu") == "0" and "nvidia.com/gpu" not in limits["start"]
+
+
+def test_pods_know_when_the_command_began(place, aligned):
+    """What loop.max_time_per_run counts from is one time for all tasks."""
+    told = [env(pod)["RS_COMMAND_STARTED"] for pod in place.api.pods]
+    assert len(told) == sum(STEPS.values()) and len(set(told)) == 1
 
 
 def test_no_key_is_in_what_is_posted_or_packed(place, aligned, ceph_server):
@@ -139,6 +151,16 @@ def test_a_secret_that_is_not_there_is_named_while_the_run_waits(fresh):
     line = next(line for line in started.stdout if "CreateContainerConfigError" in line)
     assert 'secret "not-there" not found' in line
     interrupted(started)
+
+
+def test_bare_with_kubernetes_takes_metaflows_own_settings(fresh):
+    own = {f"METAFLOW_KUBERNETES_{key}": value for key, value in
+           {"CONTAINER_IMAGE": IMAGE, "SECRETS": KEYS, "NAMESPACE": "team"}.items()}  # fmt: skip
+    command = Node.command(fresh, "reward_model_flow", "run", "--with", "kubernetes")
+    done = fresh.execute(command, **own)
+    assert done.status == 0, done.output[-6000:] + fresh.api.logs()
+    assert Counter(pod.step for pod in fresh.api.pods) == {"start": 1, "reward_model": 1, "end": 1}
+    assert "reward_model/1/card.json" in names(f"{fresh.root}/triton_repo")
 
 
 def test_the_phases_of_a_step_are_pods_that_a_pod_starts_and_the_update_is_a_gang_on_two(fresh, tmp_path):
