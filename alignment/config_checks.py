@@ -55,7 +55,7 @@ def check_config(config: "Config") -> None:
     _check_reward_ensemble(config)
     _check_sft(config)
     _check_phases(config)
-    config.kubernetes.check({"run.root": config.run.root, "reward.repository": config.reward_repository})
+    config.kubernetes.check({"run.root": config.run.root, "reward.repository": config.reward.repository})
     if config.reward.name == "policy":
         raise ValueError(
             "reward.name (policy) is what the registry calls the policies of runs: give the reward model another name"

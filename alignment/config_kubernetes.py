@@ -57,7 +57,7 @@ class KubernetesSection(Section):
         }
         return {name: value for name, value in asked.items() if value}
 
-    def check(self, places: Mapping[str, str]) -> None:
+    def check(self, places: Mapping[str, str | None]) -> None:
         """Raise ValueError where a task would lack something; `places` are what all tasks share, by config key."""
         if self.image is None:
             self._check_unused()
@@ -68,7 +68,7 @@ class KubernetesSection(Section):
                 "the same: name:0.1.0, say"
             )
         for key, place in places.items():
-            if not place.startswith("s3://") and not self._on_a_volume(place):
+            if place is not None and not place.startswith("s3://") and not self._on_a_volume(place):
                 raise ValueError(
                     f"{key} ({place}) must be seen by all tasks, which kubernetes.image makes pods: set it to a prefix "
                     "s3://…, or to a folder in one of kubernetes.volume_claims"

@@ -156,7 +156,7 @@ def test_each_bad_value_is_one_line_with_key_value_and_remedy() -> None:
             "or to a folder in one of kubernetes.volume_claims",
         ),
         (
-            ["kubernetes.image=x:1", "run.root=s3://b/runs", "reward.repository=/models"],
+            ["kubernetes.image=x:1", "run.root=s3://bucket/runs", "reward.repository=/models"],
             "reward.repository (/models) must be seen by all tasks, which kubernetes.image makes pods: set it to a "
             "prefix s3://…, or to a folder in one of kubernetes.volume_claims",
         ),
@@ -390,7 +390,7 @@ class Effect(NamedTuple):
 
 
 THREE_STEPS = "loop.steps_per_iteration=3"
-PODS = ("run.root=s3://b/runs", "kubernetes.image=registry/x:1")
+PODS = ("run.root=s3://bucket/runs", "kubernetes.image=registry/x:1")
 MEMORY = ("resources.memory=8000",)  # Metaflow raises what is below its own default for Kubernetes
 
 
@@ -595,7 +595,7 @@ EFFECTS = {
     "resources.memory": Effect(12345, see.cluster_request, ("0", "1.0", "12345.0M"), MEMORY),
     "resources.cpu_workers": Effect(2, see.num_workers, 2),
     "resources.threads": Effect(2, see.threads, 2),
-    "kubernetes.image": Effect("registry/x:1", see.pod_has("image"), "registry/x:1", ("run.root=s3://b/runs",)),
+    "kubernetes.image": Effect("registry/x:1", see.pod_has("image"), "registry/x:1", ("run.root=s3://bucket/runs",)),
     **{
         f"kubernetes.{field}": Effect(value, see.pod_has(attribute), becomes, PODS)
         for field, value, attribute, becomes in (
