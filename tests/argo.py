@@ -13,6 +13,8 @@ import yaml
 
 from flow_runs import ROOT, SMOKE, Place
 
+HOOK = "error-msg-capture-hook"
+"""Metaflow's own template, which collects messages at a workflow's end."""
 PLACED = ("nodeSelector", "volumes", "tolerations", "serviceAccountName")
 """What a template says of its pod beside the container."""
 
@@ -47,9 +49,11 @@ def s3_stand_in() -> Iterator[dict[str, str]]:
 
 
 def pods(workflow: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The pod of each template that has one, as Argo or JobSet would make it; of a gang's that of its control."""
+    """The pod of each step's template, as Argo or JobSet would make it; of a gang's that of its control."""
     found = {}
     for template in _without_nulls(workflow)["spec"]["templates"]:
+        if template["name"] == HOOK:
+            continue
         if "container" in template:
             placed = {key: template[key] for key in PLACED if key in template}
             spec = {"containers": [{"name": "main", **template["container"]}], "restartPolicy": "Never", **placed}

@@ -79,7 +79,7 @@ def test_pods_have_what_the_config_says_and_gpus_where_a_step_needs_them(flow: s
         own = {"gpu": "h100"} if name in GPUS[flow] else {}
         assert spec["nodeSelector"] == {"pool": "training", **own}, name
         assert spec["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
-        assert container["resources"]["requests"]["ephemeral-storage"] == "50000.0M"
+        assert container["resources"]["requests"]["ephemeral-storage"] in ("50000M", "50000.0M")
         memory = next(v["emptyDir"] for v in spec["volumes"] if "Memory" in str(v))
         assert memory == {"medium": "Memory", "sizeLimit": "8192Mi"}
         mounts = {mount["mountPath"] for mount in container["volumeMounts"]}

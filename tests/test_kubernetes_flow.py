@@ -88,7 +88,7 @@ def test_pods_are_what_the_config_asks_for(place, aligned):
         container = pod.manifest["spec"]["containers"][0]
         assert (container["image"], pod.manifest["metadata"]["namespace"]) == (IMAGE, "team")
         assert container["envFrom"] == [{"secretRef": {"name": KEYS}}]
-        assert container["resources"]["requests"]["ephemeral-storage"] == "20000.0M"
+        assert container["resources"]["requests"]["ephemeral-storage"] in ("20000M", "20000.0M")
         assert {"name": "dhsm", "mountPath": "/dev/shm"} in container["volumeMounts"]
     limits = {pod.step: pod.manifest["spec"]["containers"][0]["resources"]["limits"] for pod in place.api.pods}
     assert limits["iterate"].get("nvidia.com/gpu") == "0" and "nvidia.com/gpu" not in limits["start"]
