@@ -18,13 +18,18 @@ class placed(FlowMutator):
     """Every step a pod, where the config names a `kubernetes.image`; else Metaflow's `--with` says where."""
 
     def pre_mutate(self, mutable_flow):
-        section = typed(mutable_flow.config).kubernetes
+        section = typed(config_of(mutable_flow)).kubernetes
         if section.image is None:
             return
         for _, step in mutable_flow.steps:
             step.add_decorator("kubernetes", deco_kwargs=section.pod(_gpus(step)))
             if "argo-workflows" not in sys.argv:  # a workflow starts long after it was made
                 step.add_decorator("environment", deco_kwargs={"vars": _handed_on()})
+
+
+def config_of(mutable_flow):
+    """The config that this command works with: in a resume `mutable_flow.config` is still the default preset."""
+    return dict(mutable_flow.configs)["config"]
 
 
 def _gpus(step) -> int:

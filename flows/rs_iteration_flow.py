@@ -20,7 +20,7 @@ from metaflow import (
     timeout,
 )
 
-from placement import placed
+from placement import config_of, placed
 
 
 def phase(name):
@@ -52,7 +52,7 @@ class may_be_lost(StepMutator):
     """@catch where phases.max_lost_shards lets a step go on without some shards; else a lost one can be resumed."""
 
     def mutate(self, mutable_step):
-        if mutable_step.flow.config.phases.max_lost_shards:
+        if config_of(mutable_step.flow).phases.max_lost_shards:
             mutable_step.add_decorator("catch", deco_kwargs={"var": "lost"})
 
 

@@ -144,7 +144,7 @@ def test_an_interrupt_ends_the_pods_and_a_resume_goes_on_in_pods(fresh):
     resumed = fresh.resume("sft_flow")
     assert resumed.status == 0, resumed.output[-6000:]
     assert Counter(pod.step for pod in fresh.api.pods) - before == {"train": 1, "end": 1}
-    assert "continuing after" in resumed.output and find_run(fresh.root, "sft/latest") == run
+    assert find_run(fresh.root, "sft/latest") == run and {"report.json", "model/config.json"} <= set(names(run))
 
 
 def test_a_secret_that_is_not_there_is_named_while_the_run_waits(fresh):
