@@ -344,7 +344,7 @@ def test_a_section_that_stands_there_twice_is_refused() -> None:
 def test_every_field_is_explained() -> None:
     texts = [
         (ROOT / "alignment" / f"{name}.py").read_text()
-        for name in ("config", "config_phases", "config_sections", "config_training")
+        for name in ("config", "config_kubernetes", "config_phases", "config_sections", "config_training")
     ]
     classes = [node for text in texts for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
     explained = set()
