@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from alignment.config_checks import check_config
+from alignment.config_kubernetes import KubernetesSection
 from alignment.config_phases import PhaseSection, PhasesSection
 from alignment.config_sections import (
     EvaluationSection,
@@ -59,6 +60,7 @@ class Config(Section):
     evaluation: EvaluationSection = EvaluationSection()
     resources: ResourcesSection = ResourcesSection()
     slurm: SlurmSection = SlurmSection()
+    kubernetes: KubernetesSection = KubernetesSection()
     wandb: WandbSection = WandbSection()
 
     @property
@@ -68,8 +70,8 @@ class Config(Section):
 
     @property
     def phases_elsewhere(self) -> bool:
-        """Whether the phases of an RS step have nodes of their own, rather than that of the step that starts them."""
-        return bool(self.phases.run_with) or self.slurm.enabled
+        """Whether the phases of an RS step run on nodes of their own, not on that of the step that starts them."""
+        return bool(self.phases.run_with) or self.slurm.enabled or self.kubernetes.image is not None
 
     def in_phase(self, name: str) -> Self:
         """This config as a task of that phase has it: its `resources` are the phase's where it names any."""

@@ -60,6 +60,7 @@ def check_config(config: "Config") -> None:
     _check_sft(config)
     _check_phases(config)
     check_slurm(config)
+    config.kubernetes.check({"run.root": config.run.root, "reward.repository": config.reward.repository})
     if config.reward.name == "policy":
         raise ValueError(
             "reward.name (policy) is what the registry calls the policies of runs: give the reward model another name"

@@ -60,6 +60,11 @@ def check_slurm(config: "Config") -> None:
         )
     if own.nodes > 1:
         _check_nodes(config)
+    if own.enabled and config.kubernetes.image:
+        raise ValueError(
+            f"kubernetes.image ({config.kubernetes.image}) and slurm.enabled both say where steps run: leave one of "
+            "them out"
+        )
     if own.enabled and config.phases.run_with:
         raise ValueError(
             f"phases.run_with ({', '.join(config.phases.run_with)}) and slurm.enabled both say where phases run: leave "

@@ -123,7 +123,7 @@ def command(config: Config, run: RunFolder, step: int, origin: str | None, optio
         words += ["resume", "--origin-run-id", origin]
     for tag in _tags(run, step):
         words += ["--tag", tag]
-    for decorator in phases.run_with:
+    for decorator in (*phases.run_with, *(["kubernetes"] if config.kubernetes.image else [])):
         words += ["--with", decorator]
     return [*words, "--max-num-splits", str(max(SPLITS, phases.shards)), "--max-workers", str(side_by_side(config))]
 
@@ -212,7 +212,7 @@ def _fits(inner: Any, step: int, from_sha256: str | None) -> bool:
     place = _artifact(inner, "start", "place")
     if place is None or place["step"] != step:
         return False
-    trained = any(task.finished for task in _tasks(inner, "update"))
+    trained = any(task.finished for name in ("update", "gang_update") for task in _tasks(inner, name))
     return from_sha256 is None or (place["from_sha256"] == from_sha256 and not trained)
 
 

@@ -1,13 +1,15 @@
 """Any checkpoint against any base: `python flows/evaluate_flow.py --set evaluation.model=… run`."""
 
 from sources import CONFIG_HELP, DEFAULT_PRESET, PACKAGED, SUFFIXES, main, parse_preset, tag, task, typed  # isort: skip
-from cluster import on_cluster  # isort: skip
 
 from metaflow import Config, FlowSpec, config_expr, current, package_sources, resources, step
+
+from placement import on_cluster, placed
 
 GPU, CPU, MEMORY = (config_expr(f"config.resources.{name}") for name in ("gpu", "cpu", "memory"))
 
 
+@placed()
 @package_sources(PACKAGED, suffixes=SUFFIXES)
 class EvaluateFlow(FlowSpec):
     """Compare a policy with a base on held-out prompts; nothing is trained but scorers that are not there yet.

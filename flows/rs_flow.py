@@ -1,15 +1,17 @@
 """Rejection-sampling alignment: `python flows/rs_flow.py run`."""
 
 from sources import CONFIG_HELP, DEFAULT_PRESET, PACKAGED, SUFFIXES, main, parse_preset, tag, task, typed  # isort: skip
-from cluster import iterating_on_cluster, on_cluster  # isort: skip
 
 from metaflow import Config, FlowSpec, config_expr, current, package_sources, resources, step
+
+from placement import iterating_on_cluster, on_cluster, placed
 
 GPU, CPU, MEMORY = (config_expr(f"config.resources.{name}") for name in ("gpu", "cpu", "memory"))
 OWN_GPU = config_expr("config.resources.gpu if config.loop.executor == 'colocated' else 0")
 """Of the step that loops: the disaggregated executor's phases have GPUs of their own."""
 
 
+@placed()
 @package_sources(PACKAGED, suffixes=SUFFIXES)
 class RSFlow(FlowSpec):
     """Align a language model by rejection sampling.

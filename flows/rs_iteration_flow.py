@@ -4,7 +4,6 @@ Without `--run_path` it begins a run of its own. RSFlow runs it for each RS step
 """
 
 from sources import CONFIG_HELP, DEFAULT_PRESET, PACKAGED, SUFFIXES, main, parse_preset, task, typed  # isort: skip
-from cluster import on_cluster  # isort: skip
 
 from metaflow import (
     Config,
@@ -20,6 +19,8 @@ from metaflow import (
     step,
     timeout,
 )
+
+from placement import config_of, on_cluster, placed
 
 
 def phase(name):
@@ -51,10 +52,11 @@ class may_be_lost(StepMutator):
     """@catch where phases.max_lost_shards lets a step go on without some shards; else a lost one can be resumed."""
 
     def mutate(self, mutable_step):
-        if mutable_step.flow.config.phases.max_lost_shards:
+        if config_of(mutable_step.flow).phases.max_lost_shards:
             mutable_step.add_decorator("catch", deco_kwargs={"var": "lost"})
 
 
+@placed()
 @package_sources(PACKAGED, suffixes=SUFFIXES)
 class RSIterationFlow(FlowSpec):
     """One RS step of a run, phase by phase, so that each phase may have nodes of its own.
@@ -65,7 +67,8 @@ class RSIterationFlow(FlowSpec):
     rollouts     sample a shard of the step's prompts (foreach shard)
     scoring      score the rollouts of all shards
     selection    decide which are kept, and write both down
-    update       fine-tune on the kept ones, save a checkpoint (a gang of phases.update_nodes)
+    update       fine-tune on the kept ones, save a checkpoint; with phases.update_nodes above 1 a gang does it:
+                 gang → gang_update × nodes → gang_done
     validation   score the new policy on the validation prompts
     end          say how it went
     """
@@ -136,30 +139,56 @@ class RSIterationFlow(FlowSpec):
 
         with task():
             self.decisions = select_and_store(typed(self.config), self.place, self.scored["scored"])
-        self.next(self.update, num_parallel=self.config.phases.update_nodes)
+        # Kubernetes takes no gang of one.
+        self.nodes = "several" if self.config.phases.update_nodes > 1 else "one"
+        self.next({"one": self.update, "several": self.gang}, condition="nodes")
+
+    @phase("update")
+    @step
+    def update(self):
+        """Fine-tune on the kept rollouts, on one node, and save a checkpoint."""
+        from alignment.disaggregated import train
+        from alignment.launch import Gang
+
+        alone = Gang(0, 1, "127.0.0.1", 0)
+        with task(self.config.phases["update"].timeout_s):  # by brackets: a mapping has a method of that name
+            self.checkpoint = train(typed(self.config), self.place, self.scored, self.decisions, alone)
+        self.next(self.validation)
+
+    @retry(times=1)
+    @step
+    def gang(self):
+        """Begin the gang, which a step with two ways on cannot do."""
+        self.next(self.gang_update, num_parallel=self.config.phases.update_nodes)
 
     @phase("update")
     @parallel
     @step
-    def update(self):
+    def gang_update(self):
         """Fine-tune on the kept rollouts, on all nodes of the gang together, and save a checkpoint."""
         from alignment.disaggregated import train
         from alignment.launch import Gang, gang_port
 
         here, attempt = current.parallel, f"{current.run_id}/{current.retry_count}"
         gang = Gang(here.node_index, here.num_nodes, here.main_ip, gang_port(attempt))
-        with task(self.config.phases["update"].timeout_s):  # by brackets: a mapping has a method of that name
+        with task(self.config.phases["update"].timeout_s):
             self.checkpoint = train(typed(self.config), self.place, self.scored, self.decisions, gang)
+        self.next(self.gang_done)
+
+    @retry(times=1)
+    @step
+    def gang_done(self, inputs):
+        """Go on with the checkpoint that the gang's first node names."""
+        self.merge_artifacts(inputs, include=["place"])
+        self.checkpoint = next(node.checkpoint for node in inputs if node.checkpoint)
         self.next(self.validation)
 
     @phase("validation")
     @step
-    def validation(self, inputs):
+    def validation(self):
         """Score the new policy on the validation prompts, where loop.val_check_interval says so."""
         from alignment.disaggregated import validate
 
-        self.merge_artifacts(inputs, include=["place"])
-        self.checkpoint = next(node.checkpoint for node in inputs if node.checkpoint)
         with task(self.config.phases.validation.timeout_s):
             self.validated = validate(typed(self.config), self.place, self.checkpoint)
         self.next(self.end)

@@ -1,13 +1,15 @@
 """Supervised fine-tuning, the usual step before rejection sampling: `python flows/sft_flow.py run`."""
 
 from sources import CONFIG_HELP, DEFAULT_PRESET, PACKAGED, SUFFIXES, main, parse_preset, tag, task, typed  # isort: skip
-from cluster import on_cluster  # isort: skip
 
 from metaflow import Config, FlowSpec, config_expr, current, package_sources, resources, step
+
+from placement import on_cluster, placed
 
 GPU, CPU, MEMORY = (config_expr(f"config.resources.{name}") for name in ("gpu", "cpu", "memory"))
 
 
+@placed()
 @package_sources(PACKAGED, suffixes=SUFFIXES)
 class SFTFlow(FlowSpec):
     """Fine-tune a policy on demonstrations.

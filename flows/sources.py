@@ -39,6 +39,8 @@ OVERTIME_S = 15.0
 """Seconds beyond its time limit after which a step is ended by force."""
 WATCH_STDIN = "--watch-stdin"
 """Option of a flow that another run's step starts: end when standard input ends, as it does with that step."""
+COMMAND_STARTED = "RS_COMMAND_STARTED"
+"""What `alignment.task` counts loop.max_time_per_run from: set here, before anything takes time."""
 DEFAULT_PRESET = str(SOURCE_ROOT / "configs" / "imdb_sentiment.yaml")
 
 if str(SOURCE_ROOT) not in sys.path:
@@ -127,11 +129,21 @@ def task(timeout_s: float | None = None) -> Iterator[None]:
 
 
 def tag(text: str) -> None:
-    """Tag the run that this step belongs to, for `Flow("RSFlow").runs(text)`."""
+    """Tag the run that this step belongs to, for `Flow("RSFlow").runs(text)`.
+
+    In a pod without a Metaflow service, Metaflow's records of the run are on the machine that started it: then there is
+    no tag, and the log says so.
+    """
     from metaflow import Run, current, namespace
+    from metaflow.exception import MetaflowNotFound
 
     namespace(None)
-    Run(f"{current.flow_name}/{current.run_id}").add_tag(text)
+    try:
+        run = Run(f"{current.flow_name}/{current.run_id}")
+    except MetaflowNotFound:
+        print(f"the run is not tagged {text}: this task sees no Metaflow service that has records of it")
+        return
+    run.add_tag(text)
 
 
 def fold_overrides(arguments: Sequence[str]) -> list[str]:
@@ -177,7 +189,7 @@ def main(flow: Callable[[], object]) -> None:
         interrupt_with_stdin(interrupt_grace_s(sys.argv))
     # Metaflow starts the nodes of a local gang as `python`, which without an activated environment is another one.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    os.environ.setdefault("RS_COMMAND_STARTED", str(time.time()))  # what loop.max_time_per_run counts from
+    os.environ.setdefault(COMMAND_STARTED, str(time.time()))
     sys.argv[1:] = fold_overrides(sys.argv[1:])
     flow()
 

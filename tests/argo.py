@@ -13,6 +13,11 @@ import yaml
 
 from flow_runs import ROOT, SMOKE, Place
 
+HOOK = "error-msg-capture-hook"
+"""Metaflow's own template, which collects messages at a workflow's end."""
+PLACED = ("nodeSelector", "volumes", "tolerations", "serviceAccountName")
+"""What a template says of its pod beside the container."""
+
 
 @contextmanager
 def s3_stand_in() -> Iterator[dict[str, str]]:
@@ -43,13 +48,31 @@ def s3_stand_in() -> Iterator[dict[str, str]]:
         server.stop()
 
 
-def container(template: dict[str, Any]) -> dict[str, Any] | None:
-    """What a template runs, if anything: a gang's nodes are jobs of a JobSet, the first of which is its control."""
-    if "resource" not in template:
-        return template.get("container")
-    manifest = template["resource"]["manifest"].replace("{{=asInt(inputs.parameters.workerCount)}}", "0")
-    control = yaml.safe_load(manifest)["spec"]["replicatedJobs"][0]
-    return control["template"]["spec"]["template"]["spec"]["containers"][0]
+def pods(workflow: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The pod of each step's template, as Argo or JobSet would make it; of a gang's that of its control."""
+    found = {}
+    for template in _without_nulls(workflow)["spec"]["templates"]:
+        if template["name"] == HOOK:
+            continue
+        if "container" in template:
+            placed = {key: template[key] for key in PLACED if key in template}
+            spec = {"containers": [{"name": "main", **template["container"]}], "restartPolicy": "Never", **placed}
+            found[template["name"]] = {"apiVersion": "v1", "kind": "Pod", "metadata": {}, "spec": spec}
+        elif "resource" in template:
+            control = job_set(template)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+            found[template["name"]] = {"apiVersion": "v1", "kind": "Pod", "metadata": {}, "spec": control["spec"]}
+    return found
+
+
+def job_set(template: dict[str, Any]) -> dict[str, Any]:
+    """The JobSet that a template of a gang creates, with one worker for what is counted when it runs."""
+    return yaml.safe_load(template["resource"]["manifest"].replace("{{=asInt(inputs.parameters.workerCount)}}", "1"))
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value if one is not None] if isinstance(value, list) else value
 
 
 def compiled(flow: str, *arguments: str, environment: dict[str, str]) -> dict[str, Any]:

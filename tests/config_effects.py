@@ -587,3 +587,8 @@ def _cluster_request(gpu: int, cpu: int, memory: int) -> tuple[str | None, str, 
     step = next(t for t in workflow["spec"]["templates"] if t["name"] == "recursive-iterate")
     resources = step["container"]["resources"]
     return resources["limits"].get("nvidia.com/gpu"), resources["requests"]["cpu"], resources["requests"]["memory"]
+
+
+def pod_has(attribute: str) -> Any:
+    """What a step with a GPU tells @kubernetes of its pod."""
+    return lambda config: config.kubernetes.pod(1).get(attribute)

@@ -67,19 +67,22 @@ def without_a_shard(config: Config) -> int | str:
 
 
 def update_nodes(config: Config) -> int:
-    """The nodes that the step `selection` asks for the update."""
+    """The nodes that the update gets: one where `selection` goes on with it, else those that `gang` asks for."""
     from metaflow.user_configs.config_parameters import ConfigValue
 
     from rs_iteration_flow import RSIterationFlow
 
     seen: dict[str, Any] = {}
     flow = SimpleNamespace(
-        config=ConfigValue(config.model_dump(mode="json")), place={}, scored={"scored": []}, update="update",
+        config=ConfigValue(config.model_dump(mode="json")), place={}, scored={"scored": []},
+        update="update", gang="gang", gang_update="gang_update",
         next=lambda step, **others: seen.update(others),
     )  # fmt: skip
     with patch.object(disaggregated, "select_and_store", lambda *_: []), patch("sources.task", contextlib.nullcontext):
         RSIterationFlow.selection(flow)
-    return seen["num_parallel"]
+    if flow.nodes == "several":
+        RSIterationFlow.gang(flow)
+    return seen.get("num_parallel", 1)
 
 
 def inner_command(option: str) -> Any:

@@ -7,7 +7,7 @@ from metaflow.user_configs.config_parameters import ConfigValue
 
 from alignment.config import Config
 from alignment.slurm_command import SlurmTask, command
-from cluster import iterating_on_cluster
+from placement import iterating_on_cluster
 
 
 def attached(config: Config) -> dict[str, dict[str, Any]]:

@@ -175,9 +175,40 @@ def test_each_bad_value_is_one_line_with_key_value_and_remedy() -> None:
             "phases.run_with (kubernetes) and slurm.enabled both say where phases run: leave one of them out",
         ),
         (
+            [*SLURM, "kubernetes.image=x:1", "run.root=s3://bucket/runs"],
+            "kubernetes.image (x:1) and slurm.enabled both say where steps run: leave one of them out",
+        ),
+        (
             [*SLURM, "phases.update_nodes=2"],
             "phases.update_nodes (2) with slurm.enabled: Metaflow would start all nodes of the update in one job of "
             "one node. Set phases.update_nodes=1, or train on slurm.nodes with loop.executor=colocated",
+        ),
+        (
+            ["kubernetes.namespace=team"],
+            "kubernetes.namespace (team) is of pods, and kubernetes.image is null, so that no task is one: set "
+            "kubernetes.image, or leave it out",
+        ),
+        *(
+            (
+                [f"kubernetes.image={image}"],
+                f"kubernetes.image ({image}) must end with an exact tag or digest, so that all tasks have the same: "
+                "name:0.1.0, say",
+            )
+            for image in (
+                "alignment-trainer",
+                "registry.example.com:5000/alignment-trainer",
+                "alignment-trainer:latest",
+            )
+        ),
+        (
+            ["kubernetes.image=x:1", "kubernetes.volume_claims={runs: /mnt}"],
+            "run.root (runs) must be seen by all tasks, which kubernetes.image makes pods: set it to a prefix s3://…, "
+            "or to a folder in one of kubernetes.volume_claims",
+        ),
+        (
+            ["kubernetes.image=x:1", "run.root=s3://bucket/runs", "reward.repository=/models"],
+            "reward.repository (/models) must be seen by all tasks, which kubernetes.image makes pods: set it to a "
+            "prefix s3://…, or to a folder in one of kubernetes.volume_claims",
         ),
         (["training.min_lr=0.1"], "training.min_lr (0.1) must be <= training.lr (0.001)"),
         (
@@ -367,7 +398,14 @@ def test_a_section_that_stands_there_twice_is_refused() -> None:
 def test_every_field_is_explained() -> None:
     texts = [
         (ROOT / "alignment" / f"{name}.py").read_text()
-        for name in ("config", "config_phases", "config_sections", "config_slurm", "config_training")
+        for name in (
+            "config",
+            "config_kubernetes",
+            "config_phases",
+            "config_sections",
+            "config_slurm",
+            "config_training",
+        )
     ]
     classes = [node for text in texts for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
     explained = set()
@@ -413,6 +451,7 @@ class Effect(NamedTuple):
 
 
 THREE_STEPS = "loop.steps_per_iteration=3"
+PODS = ("run.root=s3://bucket/runs", "kubernetes.image=registry/x:1")
 MEMORY = ("resources.memory=8000",)  # Metaflow raises what is below its own default for Kubernetes
 
 
@@ -631,6 +670,22 @@ EFFECTS = {
     "slurm.image": Effect("other.sqsh", slurm.option("--container-image"), ["other.sqsh"], (*SLURM, *PYXIS)),
     "slurm.mounts": Effect(["/data"], slurm.option("--container-mounts"), ["/data:/data"], (*SLURM, *PYXIS)),
     "slurm.extra_args": Effect(["--reservation=ours"], slurm.option("--reservation"), ["ours"], SLURM),
+    "kubernetes.image": Effect("registry/x:1", see.pod_has("image"), "registry/x:1", ("run.root=s3://bucket/runs",)),
+    **{
+        f"kubernetes.{field}": Effect(value, see.pod_has(attribute), becomes, PODS)
+        for field, value, attribute, becomes in (
+            ("namespace", "team", "namespace", "team"),
+            ("service_account", "runs", "service_account", "runs"),
+            ("secrets", ["keys"], "secrets", ["keys"]),
+            ("image_pull_secrets", ["keys"], "image_pull_secrets", ["keys"]),
+            ("node_selector", {"pool": "a"}, "node_selector", {"pool": "a"}),
+            ("gpu_node_selector", {"gpu": "h100"}, "node_selector", {"gpu": "h100"}),
+            ("tolerations", [{"key": "gpu"}], "tolerations", [{"key": "gpu"}]),
+            ("shared_memory", 64, "shared_memory", 64),
+            ("disk", 20000, "disk", 20000),
+            ("volume_claims", {"v": "/v"}, "persistent_volume_claims", {"v": "/v"}),
+        )
+    },
     "wandb.mode": Effect("offline", see.wandb_run, ["rejection-sampling"]),
     "wandb.project": Effect("other", see.wandb_run, ["other"], ("wandb.mode=offline",)),
 }

@@ -105,6 +105,19 @@ def test_the_launcher_imports_what_the_servers_image_copies() -> None:
     assert done.stdout == "set()\n", done.stdout + done.stderr
 
 
+def test_a_repository_in_s3_is_served_with_what_the_servers_image_holds() -> None:
+    """What fetches and checks a version imports no package of a run's that the image lacks."""
+    lacking = {"metaflow", "wandb", "gguf", "pyarrow", "pytriton"}
+    code = (
+        "import sys, alignment.reward_repository, alignment.model_cache, models.reward_export;"
+        f"print({{m.split('.')[0] for m in sys.modules}} & {lacking})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=60, check=False
+    )
+    assert done.stdout == "set()\n", done.stdout + done.stderr
+
+
 def test_compose_services_are_pinned_hardened_and_open_to_this_machine_alone() -> None:
     for name, service in COMPOSE["services"].items():
         assert re.fullmatch(EXACT_TAG, service["image"]), name

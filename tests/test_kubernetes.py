@@ -8,6 +8,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from alignment.config import load_config
 from infra.triton_options import parser
 from manifests import MANIFESTS, ROOT, objects_of, only, rendered, rendered_together
 
@@ -15,7 +16,8 @@ KUBERNETES = "1.29"
 NAME = {"app.kubernetes.io/name": "reward-model"}
 PLAIN = [
     path
-    for path in [*MANIFESTS.glob("base/*.yaml"), *MANIFESTS.glob("components/run-progress/*.yaml")]
+    for folder in ("base", "components/run-progress", "components/runs")
+    for path in (MANIFESTS / folder).glob("*.yaml")
     if path.name != "kustomization.yaml"
 ]
 """Files whose objects are whole; those of overlays are patches."""
@@ -65,6 +67,7 @@ def test_the_example_of_the_docs_reads_s3_and_mounts_no_volume(tmp_path: Path) -
     check(objects)
     container, pod = triton(objects), only(objects, "Deployment")["spec"]["template"]["spec"]
     assert "--repository=$(MODEL_REPOSITORY)" in container["args"] and "--repository=/models" not in container["args"]
+    assert not parser().parse_args(container["args"]).follow  # which the launcher refuses of a prefix in S3
     assert not any(one["kind"] == "PersistentVolumeClaim" and "repository" in str(one) for one in objects)
     assert {volume["name"] for volume in pod["volumes"]} == {"scratch", "shared-memory"}
     assert {mount["name"] for mount in container["volumeMounts"]} == {"scratch", "shared-memory"}
@@ -81,6 +84,21 @@ def test_keys_are_references_and_no_secret_is_in_the_manifests(tmp_path: Path) -
     keys = {e["name"]: e for e in triton(objects)["env"] if e["name"].startswith("AWS_") and "KEY" in e["name"]}
     assert set(keys) == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
     assert all("value" not in one and "secretKeyRef" in one["valueFrom"] for one in keys.values())
+
+
+@needs_kustomize
+def test_a_namespace_of_runs_gets_an_account_that_may_start_pods_there_alone(tmp_path: Path) -> None:
+    own = "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nnamespace: team\n"
+    objects = rendered_together(tmp_path, own + "components: [alignment/infra/kubernetes/components/runs]\n")
+    check(objects)
+    assert {(one["kind"], one["metadata"]["namespace"]) for one in objects} == {
+        ("ServiceAccount", "team"), ("Role", "team"), ("RoleBinding", "team")
+    }  # fmt: skip
+    name = only(objects, "ServiceAccount", "alignment-runs")["metadata"]["name"]
+    assert only(objects, "RoleBinding", name)["subjects"] == [
+        {"kind": "ServiceAccount", "name": name, "namespace": "team"}
+    ]
+    assert load_config(ROOT / "configs" / "kubernetes.yaml").kubernetes.service_account == name
 
 
 @needs_kustomize

@@ -78,7 +78,13 @@ def test_every_alert_has_a_test_that_fires_it_and_says_what_to_do() -> None:
     quiet = {case["alertname"] for test in tests for case in test["alert_rule_test"] if not case.get("exp_alerts")}
     names = {rule["alert"] for rule in alerts()}
     assert fired == names and quiet >= names
-    assert all({"summary", "remedy"} == set(rule["annotations"]) for rule in alerts())
+    assert all({"summary", "remedy", "runbook"} == set(rule["annotations"]) for rule in alerts())
+
+
+def test_the_operators_guide_has_a_section_for_each_alert() -> None:
+    guide = (MONITORING.parent.parent / "docs" / "operations.md").read_text()
+    sections = {f"docs/operations.md#{title.lower()}" for title in re.findall(r"^### (\w+)$", guide, re.MULTILINE)}
+    assert {rule["annotations"]["runbook"] for rule in alerts()} == sections
 
 
 def test_every_metric_that_is_asked_for_is_told(served_reward_model: ServedRewardModel) -> None:

