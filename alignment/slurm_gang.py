@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from alignment.config import Config
 from alignment.errors import WorkerError
 from alignment.launch import Gang, gang_port
+from alignment.slurm_command import HET_GROUP
 
 
 def allocated_gang(config: Config) -> Gang | None:
@@ -19,9 +20,11 @@ def allocated_gang(config: Config) -> Gang | None:
     count = config.slurm.nodes
     if count == 1:
         return None
-    nodes = _lines("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"])[:count]
+    group = os.environ.get(HET_GROUP)
+    component = f"_HET_GROUP_{group}" if group else ""  # else only this step's nodes stand there
+    nodes = _lines("scontrol", "show", "hostnames", os.environ[f"SLURM_JOB_NODELIST{component}"])[:count]
     name = f"{os.environ['SLURM_JOB_ID']}/{os.environ['SLURM_STEP_ID']}/{os.getpid()}"
-    return Gang(0, count, node_address(nodes[0]), gang_port(name), through=_srun(config, nodes))
+    return Gang(0, count, node_address(nodes[0]), gang_port(name), through=_srun(config, nodes, group))
 
 
 def node_address(node: str) -> str:
@@ -30,13 +33,14 @@ def node_address(node: str) -> str:
     return found[1] if found else node
 
 
-def _srun(config: Config, nodes: Sequence[str]) -> tuple[str, ...]:
+def _srun(config: Config, nodes: Sequence[str], group: str | None) -> tuple[str, ...]:
     """One task on each of the nodes, beside the one that calls this: they share what the job has."""
     own = config.resources
     gpus = f"--gres=gpu:{own.gpu}" if own.gpu else "--gres=none"
     return (
         *("srun", "--overlap", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1"),
         *(f"--nodelist={','.join(nodes)}", f"--cpus-per-task={own.cpu}", gpus),
+        *((f"--het-group={group}",) if group else ()),
         *("--kill-on-bad-exit=1", "--export=ALL"),
     )
 

@@ -163,7 +163,7 @@ def test_before_its_time_limit_a_job_saves_and_goes_on_in_another(
 ) -> None:
     """Slurm tells up to a minute early: three minutes leave a minute and a half at the least."""
     settings = {"slurm__time": "00:00:03:00", "loop__stop_grace_s": 5, "slurm__retries": 4}
-    process = begun(place, cluster, slurm_exports, **settings, loop__max_steps=300, loop__steps_per_iteration=300)
+    process = begun(place, cluster, slurm_exports, **settings, loop__max_steps=5000, loop__steps_per_iteration=5000)
     wait_for(lambda: "continuing after RS step" in output_of(place), 400, "another job")
     os.killpg(process.pid, signal.SIGINT)
     process.wait(60)
