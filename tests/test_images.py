@@ -107,7 +107,7 @@ def test_the_launcher_imports_what_the_servers_image_copies() -> None:
 
 def test_a_repository_in_s3_is_served_with_what_the_servers_image_holds() -> None:
     """What fetches and checks a version imports no package of a run's that the image lacks."""
-    lacking = {"metaflow", "wandb", "gguf", "pyarrow", "pytriton"}
+    lacking = {"metaflow", "wandb", "gguf", "pytriton"}
     code = (
         "import sys, alignment.reward_repository, alignment.model_cache, models.reward_export;"
         f"print({{m.split('.')[0] for m in sys.modules}} & {lacking})"
