@@ -1,7 +1,7 @@
 """Where the tasks of a flow run, by its config: here, as pods of Kubernetes, as jobs of Slurm.
 
-Imported after `sources`. Mutators rather than `--with`, so that a resume, an inner run and Argo Workflows place tasks as
-the run did whose config they have.
+Imported after `sources`. Mutators rather than `--with`, so that a resume, an inner run and Argo Workflows place tasks
+as the run did whose config they have.
 """
 
 import os

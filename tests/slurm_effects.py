@@ -14,7 +14,7 @@ def attached(config: Config) -> dict[str, dict[str, Any]]:
     """The decorators of the step that loops, and their attributes."""
     seen: dict[str, dict[str, Any]] = {}
     step = SimpleNamespace(
-        flow=SimpleNamespace(config=ConfigValue(config.model_dump(mode="json"))),
+        flow=SimpleNamespace(configs=[("config", ConfigValue(config.model_dump(mode="json")))]),
         add_decorator=lambda name, deco_kwargs: seen.update({name: deco_kwargs}),
     )
     iterating_on_cluster.mutate(None, step)
