@@ -60,6 +60,11 @@ def check_config(config: "Config") -> None:
     _check_sft(config)
     _check_phases(config)
     check_slurm(config)
+    if config.kubernetes.image and config.phases.run_with:
+        raise ValueError(
+            f"phases.run_with ({', '.join(config.phases.run_with)}) and kubernetes.image ({config.kubernetes.image}) "
+            "both say where phases run: leave one of them out"
+        )
     config.kubernetes.check({"run.root": config.run.root, "reward.repository": config.reward.repository})
     if config.reward.name == "policy":
         raise ValueError(

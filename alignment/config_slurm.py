@@ -42,9 +42,10 @@ class SlurmSection(Section):
     image: Word | None = None
     """Image of the container; its `python` must have this project's packages (infra/docker/trainer.Dockerfile)."""
     mounts: tuple[Word, ...] = ()
-    """Folders that the container sees besides the sources, the working folder and run.root: SOURCE or SOURCE:TARGET."""
+    """Folders that the container sees besides the sources, the working folder and Metaflow's datastore: run.root and
+    reward.repository too where they lie elsewhere. SOURCE or SOURCE:TARGET."""
     extra_args: tuple[Word, ...] = ()
-    """Further options of the job, as salloc and srun both know them: `--exclusive`, `--reservation=NAME`."""
+    """Further options of a job of its own, as salloc knows them: `--exclusive`, `--reservation=NAME`."""
 
 
 def check_slurm(config: "Config") -> None:

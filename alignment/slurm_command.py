@@ -28,7 +28,7 @@ class SlurmTask:
     """A step's task on Slurm; `None` and empty leave a thing to the cluster.
 
     `cpu`, `gpu` and `memory` (MB) are each node's. `time` is DD:HH:MM:SS; `grace_s` the seconds before its end at which
-    the task is told. `sources` are the folders that a container must see.
+    the task is told. `sources` are the folders that a container must see, the working folder last.
     """
 
     name: str
@@ -87,6 +87,7 @@ def step_words(task: SlurmTask, het_group: str | None = None) -> list[str]:
     if task.container == "pyxis":
         mounts = ",".join(source if ":" in source else f"{source}:{source}" for source in _mounted(task))
         words += [f"--container-image={task.image}", f"--container-mounts={mounts}"]
+        words += [f"--container-workdir={one}" for one in task.sources[-1:]]
     return words
 
 
@@ -94,7 +95,8 @@ def _container_words(task: SlurmTask) -> list[str]:
     if task.container != "apptainer":
         return []
     binds = [word for source in _mounted(task) for word in ("--bind", source)]
-    return ["apptainer", "exec", *(["--nv"] if task.gpu else []), *binds, str(task.image)]
+    place = [word for one in task.sources[-1:] for word in ("--pwd", one)]
+    return ["apptainer", "exec", *(["--nv"] if task.gpu else []), *binds, *place, str(task.image)]
 
 
 def _mounted(task: SlurmTask) -> list[str]:

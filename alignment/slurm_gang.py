@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Sequence
 
 from alignment.config import Config
-from alignment.errors import WorkerError
+from alignment.errors import ConfigError, WorkerError
 from alignment.launch import Gang, gang_port
 from alignment.slurm_command import HET_GROUP
 
@@ -23,6 +23,11 @@ def allocated_gang(config: Config) -> Gang | None:
     group = os.environ.get(HET_GROUP)
     component = f"_HET_GROUP_{group}" if group else ""  # else only this step's nodes stand there
     nodes = _lines("scontrol", "show", "hostnames", os.environ[f"SLURM_JOB_NODELIST{component}"])[:count]
+    if len(nodes) < count:
+        raise ConfigError(
+            f"slurm.nodes ({count}): this allocation has {len(nodes)}: ask for as many (`--nodes` of the component "
+            "that the steps run on), or set slurm.nodes to what it has"
+        )
     name = f"{os.environ['SLURM_JOB_ID']}/{os.environ['SLURM_STEP_ID']}/{os.getpid()}"
     return Gang(0, count, node_address(nodes[0]), gang_port(name), through=_srun(config, nodes, group))
 

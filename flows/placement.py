@@ -45,14 +45,14 @@ class iterating_on_cluster(StepMutator):
     """
 
     def mutate(self, mutable_step):
-        config = config_of(mutable_step.flow)
+        config = typed(config_of(mutable_step.flow))
         if config.loop.executor == "colocated":
             _as_job(mutable_step, nodes=config.slurm.nodes)
 
 
 def _as_job(mutable_step, *, nodes: int) -> None:
-    config = config_of(mutable_step.flow)
-    own = {key: value for key, value in config.slurm.to_dict().items() if key not in ("enabled", "retries")}
+    config = typed(config_of(mutable_step.flow))  # so that one from before there was such a section has it
+    own = config.slurm.model_dump(mode="json", exclude={"enabled", "retries"})
     if config.slurm.enabled:
         mutable_step.add_decorator("srun", deco_kwargs={**own, "nodes": nodes, "grace_s": config.loop.stop_grace_s})
         mutable_step.add_decorator("retry", deco_kwargs={"times": config.slurm.retries})

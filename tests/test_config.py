@@ -175,6 +175,10 @@ def test_each_bad_value_is_one_line_with_key_value_and_remedy() -> None:
             "phases.run_with (kubernetes) and slurm.enabled both say where phases run: leave one of them out",
         ),
         (
+            ["kubernetes.image=x:1", "run.root=s3://bucket/runs", "phases.run_with=[kubernetes]"],
+            "phases.run_with (kubernetes) and kubernetes.image (x:1) both say where phases run: leave one of them out",
+        ),
+        (
             [*SLURM, "kubernetes.image=x:1", "run.root=s3://bucket/runs"],
             "kubernetes.image (x:1) and slurm.enabled both say where steps run: leave one of them out",
         ),

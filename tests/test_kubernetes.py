@@ -43,6 +43,10 @@ def triton(objects: list[dict]) -> dict:
     return only(objects, "Deployment")["spec"]["template"]["spec"]["containers"][0]
 
 
+def test_no_folder_of_manifests_is_empty() -> None:
+    assert {path.parent.name for path in PLAIN} == {"base", "run-progress", "runs"}
+
+
 @pytest.mark.parametrize("path", PLAIN, ids=lambda path: path.stem)
 def test_each_file_follows_the_schema(path: Path) -> None:
     check(objects_of(path.read_text()))

@@ -50,18 +50,20 @@ def test_within_an_allocation_it_is_a_job_step() -> None:
     assert command(TASK, WORDS, inside) == [*STEP, "--het-group=1", *ENDS, *WORDS]
 
 
-def test_a_container_sees_the_sources_and_takes_its_own_python() -> None:
+def test_a_container_sees_the_sources_begins_in_the_last_and_takes_its_own_python() -> None:
     own = {"image": "trainer.sqsh", "mounts": ("/data:/data:ro", "/work"), "sources": TASK.sources}
     pyxis = command(SlurmTask("t", 1, 0, 500, 10.0, container="pyxis", **own), WORDS, {})
-    assert pyxis[-4:] == [
+    assert pyxis[-5:] == [
         "--container-image=trainer.sqsh",
         "--container-mounts=/src:/src,/work:/work,/data:/data:ro",
+        "--container-workdir=/work",
         "python",
         "flows/rs_flow.py",
     ]
     apptainer = command(SlurmTask("t", 1, 1, 500, 10.0, container="apptainer", **own), WORDS, {})
     binds = ["--bind", "/src", "--bind", "/work", "--bind", "/data:/data:ro"]
-    assert apptainer[-12:] == ["apptainer", "exec", "--nv", *binds, "trainer.sqsh", "python", "flows/rs_flow.py"]
+    inside = [*binds, "--pwd", "/work"]
+    assert apptainer[-14:] == ["apptainer", "exec", "--nv", *inside, "trainer.sqsh", "python", "flows/rs_flow.py"]
 
 
 def test_one_srun_starts_the_launcher_on_all_nodes_of_a_gang() -> None:

@@ -33,6 +33,7 @@ class SrunDecorator(StepDecorator):
             raise MetaflowException(f"step {step_name} has @srun and @{clashes[0]}: a task runs in one place; drop one")
         asked = next((one.attributes for one in decorators if one.name == "resources"), {})
         self._asked = {name: int(float(asked.get(name) or least)) for name, least in RESOURCES.items()}
+        self._caught = any(one.name == "catch" for one in decorators)
         self._error = None
 
     def runtime_step_cli(self, cli_args, retry_count, max_user_code_retries, ubf_context):
@@ -47,7 +48,7 @@ class SrunDecorator(StepDecorator):
         task = SlurmTask(
             **{**own, **self._asked, "nodes": int(own["nodes"]), "grace_s": float(own["grace_s"])},
             name=f"{of.flow_name}-{of.run_id}-{of.step}-{of.task_id}-{retry_count}",
-            sources=[str(SOURCE_ROOT), str(Path.cwd()), str(shared)],
+            sources=[str(SOURCE_ROOT), str(shared), str(Path.cwd())],
         )
         attend = [str(SOURCE_ROOT / "infra" / "slurm" / "attend.py"), str(task.grace_s), str(shared)]
         cli_args.entrypoint = [sys.executable, *attend, *command(task, cli_args.entrypoint, os.environ)]
@@ -75,10 +76,10 @@ class SrunDecorator(StepDecorator):
             self._error = exception
 
     def task_finished(self, step_name, flow, graph, is_task_ok, retry_count, max_retries):
-        """Say that it ended well, or end without a repetition after such an error."""
+        """Say that it ended well, or end without a repetition after such an error, unless @catch does without it."""
         if is_task_ok and DONE in os.environ:
             Path(os.environ[DONE]).touch()
-        if self._error is not None and not is_task_ok:
+        if self._error is not None and not is_task_ok and not self._caught:
             print(f"{self._error.headline}: {self._error}", file=sys.stderr, flush=True)
             raise SystemExit(METAFLOW_EXIT_DISALLOW_RETRY)
 
