@@ -30,6 +30,8 @@ RUN = "loop.max_steps=12"
 STEPS, STEPS_PER_ITERATION, STEPS_PER_SAVE = 1000, 50, 25
 """The preset saves every fourth step, a minute and a half apart: this run, every ten minutes."""
 
+OTHER_RUN = "an iteration of this run was interrupted, or written by an older version: name another"
+
 
 @dataclass(frozen=True)
 class Pace:
@@ -69,7 +71,7 @@ class Iteration:
 
 
 def iterations(metrics: Sequence[Mapping[str, Any]]) -> list[Iteration]:
-    """The iterations that metrics.jsonl tells of. Raises DataError where one lacks what is looked for."""
+    """The iterations that metrics.jsonl tells of; in phases no checkpoint is told apart. Raises DataError."""
     found: list[Iteration] = []
     steps, work, validating = 0, 0.0, 0.0
     for entry in metrics:
@@ -78,11 +80,9 @@ def iterations(metrics: Sequence[Mapping[str, Any]]) -> list[Iteration]:
         elif entry["kind"] == "validation":
             validating += entry["seconds"]
         elif entry["kind"] == "task" and entry["name"] == "iterate":
-            if not {"starting", "saving"} <= set(entry) or not steps:
-                raise DataError(
-                    "an iteration of this run was interrupted, or written by an older version: name another"
-                )
-            parts = {key: entry[key] for key in ("starting", "saving", "checkpoints", "ending", "seconds")}
+            if "starting" not in entry or not steps:
+                raise DataError(OTHER_RUN)
+            parts = {key: entry.get(key, 0) for key in ("starting", "saving", "checkpoints", "ending", "seconds")}
             found.append(Iteration(steps, work, validating, **parts))
             steps, work, validating = 0, 0.0, 0.0
     return found
@@ -94,6 +94,8 @@ def overhead(run: RunFolder, pace: Pace) -> Result:
         raise DataError(f"--run ({run.path}): holds no report.json, so it is no finished run: name another, or none")
     metrics, report = run.read_metrics(), json.loads(run.report_json.read_text())
     measured, config = iterations(metrics), json.loads(run.config.read_text())
+    if not all(one.checkpoints for one in measured):
+        raise DataError(OTHER_RUN)
     tasks = [entry for entry in metrics if entry["kind"] == "task"]
     validations = {entry["step"]: entry["seconds"] for entry in metrics if entry["kind"] == "validation"}
     before_step_1 = validations.pop(0, 0.0)

@@ -266,7 +266,7 @@ def test_the_inner_command(tmp_path):
 def test_nodes_of_a_gang_meet_at_the_first_one():
     assert _launcher(None) == _launcher(Gang(0, 1, "10.0.0.1", 1)) == ["alignment.one_node"]
     words = " ".join(_launcher(Gang(1, 4, "10.0.0.1", 29000)))
-    assert words == "alignment.gang_node --nnodes 4 --node-rank 1 --master-addr 10.0.0.1 --master-port 29000"
+    assert words == "alignment.gang_node --node-rank 1 --nnodes 4 --master-addr 10.0.0.1 --master-port 29000"
     ports = {gang_port(f"{run}/0") for run in range(100)}
     assert len(ports) > 90 and all(20_000 <= port < 30_000 for port in ports)
     assert gang_port("7/0") == gang_port("7/0") != gang_port("7/1")
