@@ -5,10 +5,8 @@ are free ones, so that several can run. It ends with the process that started it
 """
 
 import contextlib
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -17,12 +15,12 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from daemon_ports import free_ports
 from s3_servers import S3Server
 
 PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "ceph", "ceph-authtool", "monmaptool", "radosgw-admin", "setpriv")
 INSTALL = "apt-get install --no-install-recommends radosgw ceph-mon ceph-osd"
 STARTING_S = 180
-PORTS = range(30000, 32768)
 CONF = """
 [global]
 fsid = {fsid}
@@ -80,7 +78,7 @@ def _start(folder: Path, daemons: contextlib.ExitStack) -> tuple[int, subprocess
     """The gateway's port and process."""
     for name in ("mon", "osd"):
         (folder / name).mkdir(parents=True)
-    fsid, osd, (mon_port, port) = str(uuid.uuid4()), str(uuid.uuid4()), _free_ports(2)
+    fsid, osd, (mon_port, port) = str(uuid.uuid4()), str(uuid.uuid4()), free_ports(2)
     (folder / "ceph.conf").write_text(CONF.format(fsid=fsid, folder=folder, mon_port=mon_port, port=port))
     keyring, monmap = str(folder / "keyring"), str(folder / "monmap")
     _run(folder, "ceph-authtool", "--create-keyring", keyring, "--gen-key", "-n", "mon.", "--cap", "mon", "allow *")
@@ -145,18 +143,3 @@ def _wait_for(url: str, gateway: subprocess.Popen[bytes], folder: Path) -> None:
         except (urllib.error.URLError, OSError) as error:
             assert time.monotonic() < give_up_at, f"{url} does not answer: {error}; see {folder}/*.log"
             time.sleep(0.2)
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that are free now and likely to stay so for the seconds until a daemon takes them.
-
-    The kernel gives the ports from 32768 on to whoever connects somewhere.
-    """
-    free: list[int] = []
-    for port in random.sample(PORTS, len(PORTS)):
-        with contextlib.suppress(OSError), socket.socket() as one:
-            one.bind(("127.0.0.1", port))
-            free.append(port)
-        if len(free) == count:
-            return free
-    raise OSError(f"fewer than {count} of the ports {PORTS[0]} to {PORTS[-1]} are free")

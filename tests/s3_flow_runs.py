@@ -9,6 +9,17 @@ from typing import Any
 from alignment.s3_objects import list_objects
 from flow_runs import ROOT, Finished, Place
 
+# Steps of more than a second, so that a kill or an eviction finds one under way.
+LONGER_STEPS = {
+    "rollouts__num_rollout_samples": 16,
+    "rollouts__max_new_tokens": 160,
+    "training__global_batch_size": 16,
+    "loop__max_steps": 6,
+    "loop__steps_per_iteration": 6,
+    "loop__val_check_interval": 3,
+    "evaluation__num_prompts": 4,
+}
+
 
 @dataclass(frozen=True)
 class Node(Place):

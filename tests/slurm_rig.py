@@ -6,7 +6,6 @@ it. The daemons run in the foreground and end with the process that started them
 
 import contextlib
 import os
-import random
 import re
 import shutil
 import signal
@@ -18,13 +17,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from daemon_ports import free_ports
 from flow_runs import wait_for
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "srun", "salloc", "sbatch", "scontrol", "squeue", "setpriv")
 INSTALL = "apt-get install --no-install-recommends slurm-wlm munge, or make test-clusters"
 GPUS = 8
 STARTING_S = 60
-PORTS = range(30000, 32768)
 CONF = """
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
@@ -128,7 +127,7 @@ def slurm(folder: Path, count: int = 3) -> Iterator[Slurm]:
         (folder / name).mkdir(parents=True)
     (folder / "munge").chmod(0o700)
     nodes = tuple(f"n{i + 1}" for i in range(count))
-    cluster, ports = Slurm(folder, nodes), _free_ports(count + 1)
+    cluster, ports = Slurm(folder, nodes), free_ports(count + 1)
     _write_configs(cluster, ports)
     try:
         _start(cluster)
@@ -191,18 +190,6 @@ def _daemon(cluster: Slurm, name: str, program: str, *arguments: str) -> None:
             env={**os.environ, **cluster.environment}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             start_new_session=True,
         )  # fmt: skip
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that are free now; the kernel gives those from 32768 on to whoever connects somewhere."""
-    free: list[int] = []
-    for port in random.sample(PORTS, len(PORTS)):
-        with contextlib.suppress(OSError), socket.socket() as one:
-            one.bind(("127.0.0.1", port))
-            free.append(port)
-        if len(free) == count:
-            return free
-    raise OSError(f"fewer than {count} of the ports {PORTS[0]} to {PORTS[-1]} are free")
 
 
 def _processes() -> list[int]:

@@ -19,25 +19,14 @@ from flow_runs import wait_for
 from interruptions import served_bench
 from kubernetes_runs import IMAGE, KEYS, cluster
 from pod_processes import Pod
-from s3_flow_runs import Node, names
+from s3_flow_runs import LONGER_STEPS, Node, names
 from s3_servers import use
 from test_packaging import FEW_MB
 
 pytestmark = pytest.mark.cluster
 
 STEPS = {"start": 1, "reward_model": 1, "iterate": 2, "evaluate": 1, "end": 1}
-# Steps of more than a second, so that an end finds one under way.
-LONGER = {
-    "reward_training__num_train": 64,
-    "judge__num_train_pairs": 64,
-    "rollouts__num_rollout_samples": 16,
-    "rollouts__max_new_tokens": 160,
-    "training__global_batch_size": 16,
-    "loop__max_steps": 6,
-    "loop__steps_per_iteration": 6,
-    "loop__val_check_interval": 3,
-    "evaluation__num_prompts": 4,
-}
+LONGER = {"reward_training__num_train": 64, "judge__num_train_pairs": 64, **LONGER_STEPS}
 
 
 @pytest.fixture(scope="module")

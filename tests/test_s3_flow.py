@@ -21,20 +21,10 @@ from alignment.scoring import RewardClient
 from alignment.workspace import find_run
 from flow_runs import ROOT, Finished, Place, processes_naming, wait_for
 from models.checkpoints import verify
-from s3_flow_runs import Node, names
+from s3_flow_runs import LONGER_STEPS, Node, names
 from s3_servers import S3Server, new_bucket, use
 
 SECRET = "planted-secret-7f3a9c"
-# Steps of more than a second, so that a kill finds one under way.
-SETTINGS = {
-    "rollouts__num_rollout_samples": 16,
-    "rollouts__max_new_tokens": 160,
-    "training__global_batch_size": 16,
-    "loop__max_steps": 6,
-    "loop__steps_per_iteration": 6,
-    "loop__val_check_interval": 3,
-    "evaluation__num_prompts": 4,
-}
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +189,7 @@ def test_a_node_that_is_lost_in_the_middle_costs_no_step_that_was_sent(ceph_serv
 def running(place: Place) -> Iterator[subprocess.Popen[str]]:
     """A run in the background, with a folder of its own; it ends with the context."""
     place.path.mkdir()
-    process = place.start("run", **SETTINGS)
+    process = place.start("run", **LONGER_STEPS)
     try:
         yield process
     finally:
