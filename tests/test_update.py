@@ -79,8 +79,8 @@ def norm(tensors):
 FLOAT32 = 3e-6
 """How far a float32 gradient may lie from the float64 one, as a share of its length; DeepSpeed has no float64.
 
-Measured over tests/test_update_grid.py: 1.5e-6 by the engine, and as much by one plain float32 backward, from which the
-engine's gradient is 0.8e-6 away.
+Measured on one rank over 96 cases of ZeRO stage, micro-batch, layout and selection: at most 1.5e-6, and 0.8e-6 from a
+plain float32 backward.
 """
 
 
