@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from alignment.types import FinishReason
 from models.batching import TokenIds
+from models.packed_weights import PackedWeights
 from models.prefill import prefill
 from models.row_kinds import rows_for
 from models.rows import Job, longest_first
@@ -54,6 +55,7 @@ def respond(
     numbers, ending = uniforms.to(device), torch.tensor(list(eos_ids), device=device)
     waiting = longest_first(prompts, samples)
     cache = rows_for(model, prompts, samples, sampling.max_new_tokens, budget=batch_tokens, pad_id=eos_ids[0])
+    weights = PackedWeights(model)
     rows: list[_Row] = []
     done: dict[int, dict[int, Sample]] = {}
     logits: list[Tensor] = []
@@ -77,7 +79,10 @@ def respond(
             whole = [prompt for prompt, found in done.items() if len(found) == samples]
             if whole:
                 yield {prompt: [one for _, one in sorted(done.pop(prompt).items())] for prompt in whole}
-        logits = [cache.step(drawn)] if rows else []
+        logits = []
+        if rows:
+            with weights.stepping(len(rows)):
+                logits = [cache.step(drawn)]
 
 
 @torch.inference_mode()
