@@ -2,6 +2,8 @@
 
 import signal
 
+import pytest
+
 from reward_fixtures import served_reward_model
 from s3_fixtures import bucket, ceph_server, flaky, moto_server, server_name
 from slurm_fixtures import cluster, slurm_exports, slurm_undisturbed
@@ -21,3 +23,15 @@ __all__ = [
 # A shell that starts its commands in the background makes them deaf to Ctrl-C, and their children too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-skips", action="store_true", help="a test that skips fails, by its reason")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    report = yield
+    if report.skipped and item.config.getoption("--no-skips"):
+        report.outcome, report.longrepr = "failed", f"skipped: {report.longrepr[2]}"
+    return report
