@@ -28,8 +28,8 @@ COMMAND = "python -m benchmarks.flow_overhead"
 RUN = "loop.max_steps=12"
 """Three iterations of the preset; how often it validates and saves is its own."""
 STEPS, STEPS_PER_ITERATION, STEPS_PER_SAVE = 1000, 100, 25
-"""The preset is short: an iteration and a checkpoint every fourth step, a minute and a half. A long run has no reason to:
-it saves every ten minutes here, and starts its workers anew every forty."""
+"""The preset is short: four steps to an iteration and to a checkpoint. A long run has no reason to: this one saves
+every ten minutes and starts its workers anew every forty."""
 
 OTHER_RUN = "an iteration of this run was interrupted, or written by an older version: name another"
 
