@@ -17,7 +17,7 @@ from slurm_rig import GPUS, Slurm, why_not
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(bool(why_not()), reason=why_not() or "it is installed")]
 
 SHORT = {"loop__max_steps": 8, "loop__steps_per_iteration": 8, "loop__val_check_interval": 8}
-COMPONENTS = ["--nodes=1", "--cpus-per-task=2", "--gres=gpu:1", "--mem=4000"]
+COMPONENT = ["--cpus-per-task=2", "--mem=4000"]
 """What the tests' nodes have, in the place of what the script asks for."""
 
 
@@ -79,8 +79,8 @@ def test_a_lost_node_of_two_is_made_up_for(place: Place, cluster: Slurm, bench: 
     assert len(job_ids(place)) == 2 and "continuing after RS step" in output
 
 
-def submit(place: Place, cluster: Slurm, repository: Path, *options: str, **settings: object) -> str:
-    """Submit the heterogeneous job of a run in `place`; its id."""
+def submit(place: Place, cluster: Slurm, repository: Path, nodes: int = 1, **settings: object) -> str:
+    """Submit the heterogeneous job of a run in `place`, whose steps have that many nodes; its id."""
     command = place.command("rs_flow", **{"loop__save_interval": 14, "resources__memory": 1500, **settings})
     words = command[command.index("--config") :]
     own = {
@@ -91,7 +91,9 @@ def submit(place: Place, cluster: Slurm, repository: Path, *options: str, **sett
         "RS_SERVER_S": "240",
         "PYTHONPATH": str(ROOT),
     }
-    components = [*COMPONENTS, *options, ":", *COMPONENTS[:2], f"--gres=gpu:{GPUS}", COMPONENTS[3]]
+    components = [
+        *("--nodes=1", "--gres=gpu:1", *COMPONENT), ":", *(f"--nodes={nodes}", f"--gres=gpu:{GPUS}", *COMPONENT)
+    ]  # fmt: skip
     script = str(ROOT / "infra" / "slurm" / "rs_hetjob.sbatch")
     done = subprocess.run(
         ["sbatch", "--parsable", f"--output={place.path}/job.log", *components, script, *words],
@@ -125,6 +127,15 @@ def test_the_heterogeneous_job_runs_to_its_end(place: Place, cluster: Slurm, slu
     assert done.digest == slurm_undisturbed.digest
     assert re.search(r"the reward model answers at 127\.0\.0\.1:\d+", log(place))
     assert job_ids(place)  # the steps ran on the second component
+
+
+def test_its_iterations_run_on_two_nodes(place: Place, cluster: Slurm, slurm_exports: Path, two_ranks) -> None:
+    job = submit(place, cluster, slurm_exports, nodes=2, slurm__nodes=2, **SHORT)
+    assert ended(cluster, job, place)["ExitCode"] == "0:0", log(place)
+    done = Finished(0, log(place), place.latest())
+    assert same_decisions(done, two_ranks)
+    shards = max((done.folder / "checkpoints").glob("step-*/optimizer"))
+    assert len(list(shards.iterdir())) == 2
 
 
 def test_its_status_is_the_flows(place: Place, cluster: Slurm, slurm_exports: Path) -> None:
