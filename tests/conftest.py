@@ -4,7 +4,7 @@ import signal
 
 from reward_fixtures import served_reward_model
 from s3_fixtures import bucket, ceph_server, flaky, moto_server, server_name
-from slurm_fixtures import cluster, slurm_exports, slurm_undisturbed
+from slurm_fixtures import cluster, slurm_exports, slurm_reward_model, slurm_undisturbed
 
 __all__ = [
     "bucket",
@@ -15,6 +15,7 @@ __all__ = [
     "served_reward_model",
     "server_name",
     "slurm_exports",
+    "slurm_reward_model",
     "slurm_undisturbed",
 ]
 
