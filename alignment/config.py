@@ -5,6 +5,7 @@ across sections stand in `alignment.config_checks`. Stage functions take plain a
 stops at the worker and the flow steps.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -31,6 +32,7 @@ from alignment.config_sections import (
     SelectionSection,
     ValidationSection,
     WandbSection,
+    clock_seconds,
 )
 from alignment.config_slurm import SlurmSection
 from alignment.config_training import RewardTrainingSection, SftSection, TrainingSection
@@ -81,10 +83,8 @@ class Config(Section):
     @property
     def max_seconds_per_run(self) -> float | None:
         """`loop.max_time_per_run` in seconds."""
-        if self.loop.max_time_per_run is None:
-            return None
-        days, hours, minutes, seconds = (int(part) for part in self.loop.max_time_per_run.split(":"))
-        return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
+        own = self.loop.max_time_per_run
+        return None if own is None else clock_seconds(own)
 
     def total_steps(self, num_prompts: int) -> int:
         """RS steps of the whole run over `num_prompts` training prompts."""
@@ -125,6 +125,16 @@ class Config(Section):
 def parse_config(text: str) -> Config:
     """A config from YAML or JSON text. Raises ConfigError with one line per bad key."""
     return validate_config(_read_yaml(text, "the config"))
+
+
+def same_config(one: str, other: str) -> bool:
+    """Whether two JSON texts are the same config, of which one may have been written before there were some keys."""
+    if json.loads(one) == json.loads(other):
+        return True
+    try:
+        return parse_config(one) == parse_config(other)
+    except ConfigError:
+        return False
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

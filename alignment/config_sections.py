@@ -37,6 +37,12 @@ Clock = Annotated[str, BeforeValidator(_clock_text), Field(pattern=r"^\d+:[0-5]?
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+(/[0-9]+)?$")]
 
 
+def clock_seconds(clock: str) -> float:
+    """DD:HH:MM:SS in seconds."""
+    days, hours, minutes, seconds = (int(part) for part in clock.split(":"))
+    return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
+
+
 class Section(BaseModel):
     """Base of all sections: unknown keys are an error, and nothing changes after loading."""
 

@@ -5,16 +5,21 @@ itself runs in an allocation. GPUs, cores and memory are the step's `@resources`
 Slurm's command of it, `docs/slurm.md` tells how to use it.
 """
 
+import math
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from alignment.config_sections import Clock, Section
+from alignment.config_sections import Clock, Section, clock_seconds
 
 if TYPE_CHECKING:
     from alignment.config import Config
 
 Word = Annotated[str, Field(min_length=1)]
+NOTICE_MARGIN_S = 30.0
+"""Beyond loop.stop_grace_s, for a task to end after its workers have saved."""
+EARLY_S = 60.0
+"""How much earlier than asked Slurm may send a notice."""
 
 
 class SlurmSection(Section):
@@ -29,8 +34,8 @@ class SlurmSection(Section):
     constraint: Word | None = None
     """Features that a node must have, as in `a100&nvlink`; null takes any."""
     time: Clock | None = None
-    """Time limit of a job, DD:HH:MM:SS; null leaves it to the partition. Before it the step saves a checkpoint and,
-    while it has retries, goes on in another job."""
+    """Time limit of a job, DD:HH:MM:SS; null leaves it to the partition. Before it, from loop.stop_grace_s + 90 s on,
+    the step saves a checkpoint and, while it has retries, goes on in another job."""
     nodes: int = Field(1, ge=1)
     """Nodes of a colocated iteration, each with resources.gpu workers; more than one need reward.url and a run.root
     that all of them see."""
@@ -61,6 +66,8 @@ def check_slurm(config: "Config") -> None:
         )
     if own.nodes > 1:
         _check_nodes(config)
+    if own.enabled and own.time:
+        _check_time(own.time, config.loop.stop_grace_s)
     if own.enabled and config.kubernetes.image:
         raise ValueError(
             f"kubernetes.image ({config.kubernetes.image}) and slurm.enabled both say where steps run: leave one of "
@@ -76,6 +83,16 @@ def check_slurm(config: "Config") -> None:
             f"phases.update_nodes ({config.phases.update_nodes}) with slurm.enabled: Metaflow would start all nodes "
             "of the update in one job of one node. Set phases.update_nodes=1, or train on slurm.nodes with "
             "loop.executor=colocated"
+        )
+
+
+def _check_time(time: str, grace_s: float) -> None:
+    told_s = notice_s(grace_s) + EARLY_S
+    if clock_seconds(time) <= told_s:
+        raise ValueError(
+            f"slurm.time ({time}) must be more than {told_s:g} s, loop.stop_grace_s ({grace_s:g}) + "
+            f"{told_s - grace_s:g}: that long before its end a job may be told to save, and one told at once does no "
+            "work. Raise the first, with room for the work, or lower the second"
         )
 
 
@@ -102,6 +119,11 @@ def _check_nodes(config: "Config") -> None:
             f"slurm.nodes ({own.nodes}) with slurm.container ({own.container}): the step starts the other nodes with "
             "srun, which a container does not hold. Set slurm.nodes=1, or leave slurm.container out"
         )
+
+
+def notice_s(grace_s: float) -> int:
+    """Seconds before its time limit at which a job asks to be told, for workers that have `grace_s` to save."""
+    return math.ceil(grace_s + NOTICE_MARGIN_S)
 
 
 def slurm_time(clock: str) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 from alignment.config import Config
 from alignment.errors import CheckpointError, StoppedError, WorkerError
 from alignment.launch import SOURCE_ROOT, stop, worker_environment
-from alignment.lifeline import acting_after, interrupt_grace_s
+from alignment.lifeline import ELSEWHERE_S, INTERRUPTED_S, acting_after
 from alignment.node_gpus import gpu_count
 from alignment.preparation import total_steps
 from alignment.run_events import listener
@@ -116,7 +116,7 @@ def command(config: Config, run: RunFolder, step: int, origin: str | None, optio
     """What runs RS step `step`, or resumes its run `origin`; `options` are Metaflow's, which stand first."""
     file = next(path for path in (SOURCE_ROOT / "flows" / FILE, SOURCE_ROOT / FILE) if path.is_file())
     phases = config.phases
-    words = [sys.executable, str(file), "--watch-stdin", "--no-pylint", *options]
+    words = [sys.executable, str(file), "--watch-stdin", f"{interrupt_grace_s(config):g}", "--no-pylint", *options]
     if origin is None:
         words += ["--config-value", "config", config.model_dump_json(), "run", "--run_path", run.uri]
     else:  # a resume has the config and the parameters of its origin
@@ -126,6 +126,11 @@ def command(config: Config, run: RunFolder, step: int, origin: str | None, optio
     for decorator in (*phases.run_with, *(["kubernetes"] if config.kubernetes.image else [])):
         words += ["--with", decorator]
     return [*words, "--max-num-splits", str(max(SPLITS, phases.shards)), "--max-workers", str(side_by_side(config))]
+
+
+def interrupt_grace_s(config: Config) -> float:
+    """Seconds that an inner run gets to end in order after an interrupt."""
+    return ELSEWHERE_S if config.phases_elsewhere else INTERRUPTED_S
 
 
 def side_by_side(config: Config) -> int:
@@ -174,7 +179,7 @@ def _run_step(config: Config, run: RunFolder, step: int, origin: str | None) -> 
                 sys.stdout.flush()
             status = process.wait()
     finally:
-        stop(process, interrupt_grace_s(words))
+        stop(process, interrupt_grace_s(config))
     if stopped.is_set():
         raise StoppedError(_over(step))
     if status:

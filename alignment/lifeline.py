@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 ORPHANED = 113
 """Exit status of a process that ended because its owner was gone or its grace time over."""
@@ -83,12 +83,7 @@ def end_with_parent(poll_s: float = 0.5) -> None:
     threading.Thread(target=watch, name="lifeline", daemon=True).start()
 
 
-def interrupt_grace_s(command: Sequence[str]) -> float:
-    """Seconds that a scheduler with this command line gets to end in order; `--with` is where its tasks run."""
-    return ELSEWHERE_S if "--with" in command else INTERRUPTED_S
-
-
-def interrupt_with_stdin(grace_s: float = INTERRUPTED_S) -> None:
+def interrupt_with_stdin(grace_s: float) -> None:
     """From now on, interrupt this process and its group as Ctrl-C does once its standard input ends, later by force.
 
     For a scheduler, which has to end tasks that may run elsewhere; it must lead a session of its own.

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.config import parse_config
+from alignment.config import parse_config, same_config
 from alignment.config_sections import RunSection
 from alignment.continuation import differences
 from alignment.errors import AlignmentError, CheckpointError, DataError
@@ -141,7 +141,7 @@ def check(run: RunFolder) -> Iterator[tuple[bool, str]]:
     )
     if is_own:
         saved = finished(run.checkpoints)[-1] / "run_config.json"
-        yield _same_json(saved, run.config), "config.json, as the newest checkpoint has it"
+        yield same_config(saved.read_text(), run.config.read_text()), "config.json, as the newest checkpoint has it"
     for link in reversed(links):
         for name, digest in link["rollouts"].items():
             yield _matches(run.rollouts / name, digest)
@@ -165,10 +165,6 @@ def _check_reward_model(run: RunFolder, newest: Manifest, storage: RunSection) -
 
 def _same(one: Path, other: Path) -> bool:
     return other.is_file() and one.read_bytes() == other.read_bytes()
-
-
-def _same_json(one: Path, other: Path) -> bool:
-    return bool(json.loads(one.read_text()) == json.loads(other.read_text()))
 
 
 def _matches(path: Path, digest: str) -> tuple[bool, str]:

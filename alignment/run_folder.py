@@ -9,7 +9,6 @@ next one that writes. All other files replace their predecessor whole. A record'
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import socket
@@ -21,6 +20,7 @@ from typing import IO, Any, Protocol
 
 from alignment.atomic_files import disk_errors, json_text, write_atomically
 from alignment.atomic_files import write_json as write_json
+from alignment.config import same_config
 from alignment.errors import AlignmentError, ConfigError, DataError
 from alignment.metrics_file import end_of_records, locked, mend, parse_record
 from alignment.types import Decision, ScoredRollout
@@ -239,7 +239,7 @@ def create(root: str | Path, run_id: str, config_json: str) -> RunFolder:
     with disk_errors(folder.path):
         for path in (folder.path, folder.checkpoints):
             path.mkdir(parents=True, exist_ok=True)
-    if folder.config.exists() and json.loads(folder.config.read_text()) != json.loads(config_json):
+    if folder.config.exists() and not same_config(folder.config.read_text(), config_json):
         raise DataError(f"{folder.path} holds another run's files: set run.root to another folder, or move them away")
     write_atomically(folder.config, lambda file: file.write(config_json.encode()))
     latest, waiting = Path(root) / "latest", Path(root) / f".latest-{os.getpid()}"

@@ -8,19 +8,16 @@ on all of them (`alignment.slurm_gang`). srun passes its standard input on, and 
 sees when its owner has ended. `infra/slurm/attend.py` stands in front of it all.
 """
 
-import math
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from alignment.config_slurm import slurm_time
+from alignment.config_slurm import notice_s, slurm_time
 
 HET_GROUP = "RS_HET_GROUP"
 """Environment variable: the component of a heterogeneous job on which steps run; else they run on the first."""
 NOTICE = signal.SIGURG
 """What Slurm sends before the time limit. All processes of a task get it, and those that await nothing ignore it."""
-NOTICE_MARGIN_S = 30.0
-"""Beyond `grace_s`, for a task to end after its workers have saved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +69,7 @@ def job_words(task: SlurmTask) -> list[str]:
         "qos": task.qos,
         "constraint": task.constraint,
         "time": slurm_time(task.time) if task.time else None,
-        "signal": f"{int(NOTICE)}@{math.ceil(task.grace_s + NOTICE_MARGIN_S)}",
+        "signal": f"{int(NOTICE)}@{notice_s(task.grace_s)}",
     }
     return ["salloc", *(f"--{key}={value}" for key, value in asked.items() if value is not None), *task.extra_args]
 

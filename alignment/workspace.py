@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from alignment.config import Config
+from alignment.config import Config, same_config
 from alignment.config_sections import RunSection
 from alignment.errors import AlignmentError, DataError, StorageConflict
 from alignment.run_copy import writer_lock
@@ -66,7 +66,7 @@ def create(run: RunSection, root: str, run_id: str, config_json: str) -> str:
     with contextlib.suppress(StorageConflict):
         write_bytes(f"{uri}/config.json", config_json.encode(), if_absent=True)
     found = read_bytes(f"{uri}/config.json")
-    if found is None or json.loads(found[0]) != json.loads(config_json):
+    if found is None or not same_config(found[0].decode(), config_json):
         raise DataError(f"{uri} holds another run's files: set run.root to another prefix, or remove them")
     point(child(root, "latest"), run_id)
     return uri

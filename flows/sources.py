@@ -38,7 +38,8 @@ INPUTS = (
 OVERTIME_S = 15.0
 """Seconds beyond its time limit after which a step is ended by force."""
 WATCH_STDIN = "--watch-stdin"
-"""Option of a flow that another run's step starts: end when standard input ends, as it does with that step."""
+"""Option of a flow that another run's step starts: end when standard input ends, as it does with that step; by force
+the seconds later that stand behind it."""
 COMMAND_STARTED = "RS_COMMAND_STARTED"
 """What `alignment.task` counts loop.max_time_per_run from: set here, before anything takes time."""
 DEFAULT_PRESET = str(SOURCE_ROOT / "configs" / "imdb_sentiment.yaml")
@@ -182,11 +183,12 @@ def fold_overrides(arguments: Sequence[str]) -> list[str]:
 
 def main(flow: Callable[[], object]) -> None:
     """Run a flow's command line."""
-    from alignment.lifeline import interrupt_grace_s, interrupt_with_stdin
+    from alignment.lifeline import interrupt_with_stdin
 
     if WATCH_STDIN in sys.argv:
-        sys.argv.remove(WATCH_STDIN)
-        interrupt_with_stdin(interrupt_grace_s(sys.argv))
+        at = sys.argv.index(WATCH_STDIN)
+        interrupt_with_stdin(float(sys.argv[at + 1]))
+        del sys.argv[at : at + 2]
     # Metaflow starts the nodes of a local gang as `python`, which without an activated environment is another one.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     os.environ.setdefault(COMMAND_STARTED, str(time.time()))

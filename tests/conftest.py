@@ -6,7 +6,7 @@ import pytest
 
 from reward_fixtures import served_reward_model
 from s3_fixtures import bucket, ceph_server, flaky, moto_server, server_name
-from slurm_fixtures import cluster, slurm_exports, slurm_undisturbed
+from slurm_fixtures import cluster, slurm_exports, slurm_reward_model, slurm_undisturbed
 
 __all__ = [
     "bucket",
@@ -17,6 +17,7 @@ __all__ = [
     "served_reward_model",
     "server_name",
     "slurm_exports",
+    "slurm_reward_model",
     "slurm_undisturbed",
 ]
 

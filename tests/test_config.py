@@ -142,6 +142,12 @@ def test_each_bad_value_is_one_line_with_key_value_and_remedy() -> None:
         ),
         (["slurm.time=04:00"], "slurm.time ('04:00'): must be DD:HH:MM:SS, e.g. 00:03:45:00 for 3 h 45 min"),
         (
+            [*SLURM, "slurm.time='00:00:02:30'"],
+            "slurm.time (00:00:02:30) must be more than 150 s, loop.stop_grace_s (60) + 90: that long before its end a "
+            "job may be told to save, and one told at once does no work. Raise the first, with room for the work, or "
+            "lower the second",
+        ),
+        (
             ["slurm.container=pyxis"],
             "slurm.container (pyxis) needs slurm.image: name one, or leave both out",
         ),

@@ -249,7 +249,7 @@ def test_the_inner_command(tmp_path):
     run, options = RunFolder(tmp_path / "7"), ["--datastore", "s3"]
     many = config("rollouts.num_rollout_samples=200", "phases.shards=200", "phases.run_with=[kubernetes, 'a:b=1']")
     words = inner_run.command(many, run, 3, None, options)
-    assert words[2:6] == ["--watch-stdin", "--no-pylint", "--datastore", "s3"]
+    assert words[2:7] == ["--watch-stdin", "120", "--no-pylint", "--datastore", "s3"]
     assert words[words.index("run") :] == [
         "run", "--run_path", str(run.path), "--tag", "parent:7", "--tag", "iteration:3",
         "--with", "kubernetes", "--with", "a:b=1", "--max-num-splits", "200", "--max-workers", "200",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as parquet
 import pytest
 
+import older_rs_flow
 from alignment.launch import run_workers
 from alignment.run_folder import COLUMNS
 from flow_runs import ROOT, Place, processes_naming, wait_for
@@ -159,8 +160,12 @@ def test_one_iteration_and_another_judge_give_the_same_weights(place, undisturbe
     ["terminal", pytest.param("metaflow", marks=pytest.mark.slow), pytest.param("worker", marks=pytest.mark.slow)],
 )
 def test_killed_and_resumed_equals_undisturbed(place, undisturbed, victim):
+    """The run in a terminal was begun by a version whose config lacked some sections."""
     before = place.latest()
-    started = place.start("run", **SETTINGS)
+    command = place.command("rs_flow", "run", **SETTINGS)
+    if victim == "terminal":
+        command[1] = older_rs_flow.__file__
+    started = place.begin(command)
     folder = wait_for(lambda: place.latest() if place.latest() != before else None, what="the run's folder")
     wait_for((folder / "checkpoints" / "step-000004" / "DONE").exists, what="checkpoint 4")
     assert (
@@ -179,6 +184,8 @@ def test_killed_and_resumed_equals_undisturbed(place, undisturbed, victim):
     assert not (folder / "report.json").exists()
     # Nothing outlives its owner: neither workers nor the reward server.
     wait_for(lambda: not processes_naming(str(folder)), 60, "the end of all processes of the run")
+    if victim == "terminal":
+        older_rs_flow.make_older(folder / "config.json")
     resumed = place.resume()
     assert resumed.folder == folder  # the resume appends to the first run's folder
     assert "continuing after RS step" in resumed.output

@@ -5,6 +5,7 @@ The update is the real worker, in a process of its own; the reward server's clie
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +24,7 @@ from alignment.engine import Ranks
 from alignment.errors import CheckpointError, ConfigError, StoppedError, WorkerError
 from alignment.judge_stage import prepare_judge
 from alignment.launch import Gang
-from alignment.lifeline import ELSEWHERE_S, INTERRUPTED_S, interrupt_grace_s
+from alignment.lifeline import ELSEWHERE_S, INTERRUPTED_S
 from alignment.node_gpus import hold_one
 from alignment.run_folder import RunFolder, write_json
 from alignment.run_metrics import RunProgress, progress_file
@@ -304,6 +305,27 @@ def test_every_step_is_retried_and_the_preparation_asks_for_what_its_validation_
     assert steps["preparation", "retry"]["times"] == 3 and steps["preparation", "timeout"]["seconds"] == 77
 
 
-def test_a_cluster_s_tasks_get_longer_to_end() -> None:
-    assert interrupt_grace_s(["flow.py", "run"]) == INTERRUPTED_S
-    assert interrupt_grace_s(["flow.py", "run", "--with", "kubernetes"]) == ELSEWHERE_S
+def test_a_cluster_s_tasks_get_longer_to_end(tmp_path: Path) -> None:
+    pods = (
+        "kubernetes.image=trainer:1",
+        "kubernetes.service_account=runs",
+        f"kubernetes.volume_claims={{runs: {tmp_path}}}",
+    )
+    for elsewhere in (("phases.run_with=[kubernetes]",), ("slurm.enabled=true",), pods):
+        assert inner_run.interrupt_grace_s(config_in(tmp_path, *elsewhere)) == ELSEWHERE_S
+    assert inner_run.interrupt_grace_s(config_in(tmp_path)) == INTERRUPTED_S
+
+
+def test_an_inner_run_that_does_not_end_in_order_is_ended_by_force(tmp_path: Path) -> None:
+    deaf = tmp_path / "deaf.py"
+    deaf.write_text(
+        "import signal, sys, time\n"
+        f"sys.path.insert(0, {str(ROOT / 'flows')!r})\n"
+        "from sources import main\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "main(lambda: time.sleep(600))\n"
+    )
+    command = [sys.executable, str(deaf), "--watch-stdin", "0.5", "run"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    process.stdin.close()
+    assert process.wait() == -signal.SIGKILL

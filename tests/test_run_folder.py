@@ -17,6 +17,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from alignment.atomic_files import disk_errors, write_text
+from alignment.config import Config
 from alignment.continuation import first_id
 from alignment.errors import AlignmentError, ConfigError, DataError, DiskError
 from alignment.run_folder import RunFolder, create, write_json
@@ -53,6 +54,16 @@ def in_python(code: str, *arguments: object, **options: Any) -> subprocess.Popen
 
 def files_in(folder: Path) -> set[str]:
     return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_run_whose_config_was_written_before_there_were_some_keys_is_the_same_run(tmp_path: Path) -> None:
+    now = Config(seed=1).model_dump_json()
+    then = {name: value for name, value in json.loads(now).items() if name not in ("slurm", "kubernetes")}
+    run = create(tmp_path / "runs", "7", json.dumps(then))
+    assert create(tmp_path / "runs", "7", now) == run
+    assert json.loads(run.config.read_text()) == json.loads(now)
+    with pytest.raises(DataError, match="another run's files"):
+        create(tmp_path / "runs", "7", Config(seed=2).model_dump_json())
 
 
 def test_create_makes_the_folder_and_points_latest_at_it(tmp_path: Path) -> None:

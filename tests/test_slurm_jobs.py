@@ -10,10 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from alignment.run_folder import RunFolder
-from flow_runs import ROOT, Finished, Place, wait_for
-from interruptions import steps
-from slurm_fixtures import LONG, ON_SLURM, begun, job_ids, output_of, saved_step
+from flow_runs import ROOT, Finished, Place, resuming, wait_for
+from slurm_fixtures import (
+    LONG,
+    ON_SLURM,
+    begun,
+    job_ids,
+    more_steps,
+    output_of,
+    saved_step,
+    started,
+    steps_of,
+    trained,
+)
 from slurm_rig import GPUS, Slurm, why_not
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(bool(why_not()), reason=why_not() or "it is installed")]
@@ -93,10 +102,10 @@ def test_a_run_on_the_cluster_is_the_run_without_one(
     assert "continuing" not in done.output and cluster.queue() == []
 
 
-def test_the_reward_model_is_trained_on_the_cluster_too(place: Place, cluster: Slurm) -> None:
-    done = place.execute(place.command("reward_model_flow", "run", **ON_SLURM), **cluster.environment)
-    assert done.status == 0, done.output
-    assert len(re.findall(r"Granted job allocation", done.output)) == 1
+def test_the_reward_model_is_trained_on_the_cluster_too(slurm_reward_model: tuple[Path, str]) -> None:
+    repository, output = slurm_reward_model
+    assert (repository / "reward_model" / "1").is_dir()
+    assert len(re.findall(r"Granted job allocation", output)) == 1
 
 
 def test_phases_of_the_disaggregated_executor_are_jobs(place: Place, cluster: Slurm, slurm_exports: Path) -> None:
@@ -104,8 +113,10 @@ def test_phases_of_the_disaggregated_executor_are_jobs(place: Place, cluster: Sl
         "loop__executor": "disaggregated", "loop__steps_per_iteration": 1, "loop__max_steps": 1, "phases__shards": 2,
         "reward__repository": slurm_exports,
     }  # fmt: skip
-    done = place.execute(place.command("rs_flow", "run", **ON_SLURM, **settings), **cluster.environment)
-    assert done.report["steps"]
+    process = started(place, place.command("rs_flow", "run", **ON_SLURM, **settings), **cluster.environment)
+    trained(place, process)
+    assert steps_of(place) == 1
+    wait_for(lambda: cluster.queue() == [], 60, "an empty queue")
     names = set(re.findall(r"JobName?=RSIterationFlow-\d+-(\w+?)-", finished_jobs(cluster)))
     assert {"rollouts", "scoring", "update", "validation"} <= names
     assert job_ids(place) == []  # the step that loops watches them from where the flow runs
@@ -115,19 +126,20 @@ def finished_jobs(cluster: Slurm) -> str:
     return re.sub(r"\bName=", "JobName=", (cluster.folder / "finished-jobs.log").read_text())
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_run_whose_flow_ends_is_saved_and_leaves_no_job(
-    place: Place, cluster: Slurm, slurm_exports: Path, slurm_undisturbed, how
-):
+def test_a_run_whose_flow_ends_is_saved_leaves_no_job_and_is_resumed(
+    place: Place, cluster: Slurm, slurm_exports: Path, slurm_undisturbed
+) -> None:
     process = begun(place, cluster, slurm_exports)
-    os.killpg(process.pid, how) if how == signal.SIGINT else process.send_signal(how)
-    process.wait(60)
-    wait_for(lambda: cluster.queue() == [], 120, "an empty queue")
-    assert saved_step(place) == len(steps(RunFolder(place.latest()))) >= 2
-    if how == signal.SIGINT:
-        resumed = place.resume(**cluster.environment)
-        assert resumed.digest == slurm_undisturbed.digest
-        assert "continuing after RS step" in resumed.output
+    for how in (signal.SIGTERM, signal.SIGKILL, signal.SIGINT):
+        os.killpg(process.pid, how) if how == signal.SIGINT else process.send_signal(how)
+        process.wait(60)
+        wait_for(lambda: cluster.queue() == [], 120, "an empty queue")
+        saved = saved_step(place)
+        assert 20 > saved == steps_of(place) >= 2, how
+        process = started(place, resuming("rs_flow"), **cluster.environment)
+        more_steps(place, process, min(20, saved + 2))
+        assert f"continuing after RS step {saved}" in output_of(place)
+    assert trained(place, process).digest == slurm_undisturbed.digest
 
 
 def test_a_lost_node_is_made_up_for_by_another(
@@ -137,10 +149,9 @@ def test_a_lost_node_is_made_up_for_by_another(
     [node] = cluster.queue("%N")
     cluster.lose(node)
     try:
-        assert process.wait(400) == 0, output_of(place)
+        assert trained(place, process).digest == slurm_undisturbed.digest
     finally:
         cluster.bring_back(node)
-    assert Finished(0, "", place.latest()).digest == slurm_undisturbed.digest
     assert len(job_ids(place)) == 2 and "continuing after RS step" in output_of(place)
 
 
@@ -152,8 +163,7 @@ def test_a_preempted_job_saves_and_goes_on_in_another(
     words = ["srun", "--partition=urgent", f"--nodelist={node}", f"--gres=gpu:{GPUS}", "sleep", "5"]
     urgent = subprocess.run(words, env={**os.environ, **cluster.environment}, timeout=200)
     assert urgent.returncode == 0
-    assert process.wait(400) == 0, output_of(place)
-    assert Finished(0, "", place.latest()).digest == slurm_undisturbed.digest
+    assert trained(place, process).digest == slurm_undisturbed.digest
     [step] = re.findall(r"continuing after RS step (\d+)", output_of(place))
     assert len(job_ids(place)) == 2 and int(step) >= 2
 
@@ -161,9 +171,12 @@ def test_a_preempted_job_saves_and_goes_on_in_another(
 def test_before_its_time_limit_a_job_saves_and_goes_on_in_another(
     place, cluster, slurm_exports, slurm_undisturbed
 ) -> None:
-    """Slurm tells up to a minute early: three minutes leave a minute and a half at the least."""
-    settings = {"slurm__time": "00:00:03:00", "loop__stop_grace_s": 5, "slurm__retries": 4}
+    """The limit is moved nearer once the job has work behind it."""
+    settings = {"slurm__time": "00:00:09:00", "loop__stop_grace_s": 5}
     process = begun(place, cluster, slurm_exports, **settings, loop__max_steps=5000, loop__steps_per_iteration=5000)
+    [job] = cluster.queue()
+    assert cluster.job(job)["TimeLimit"] == "00:09:00"
+    cluster.ask("scontrol", "update", f"jobid={job}", "endtime=now+60")
     wait_for(lambda: "continuing after RS step" in output_of(place), 400, "another job")
     os.killpg(process.pid, signal.SIGINT)
     process.wait(60)
