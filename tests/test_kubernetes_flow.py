@@ -112,16 +112,22 @@ def test_metaflow_knows_the_pods_and_the_log_says_what_it_cannot_know(place, ali
 
 
 def test_a_pod_that_is_evicted_costs_the_steps_since_its_last_checkpoint(fresh):
-    started = fresh.begin(fresh.command("rs_flow", "run", "--with", "retry:minutes_between_retries=0", **LONGER))
+    """And is repeated by the config alone, to the run's end."""
+    started = fresh.begin(fresh.command("rs_flow", "run", **LONGER))
     run = wait_for(lambda: find_run(fresh.root, "latest"), 240, "the run")
     wait_for(lambda: read_bytes(f"{run}/checkpoints/step-000002/DONE"), 240, "RS step 2")
     fresh.api.of("iterate", "Running")[0].end("Evicted", "the node was low on memory")
-    wait_for(lambda: fresh.api.of("evaluate"), 240, "the end of the iteration")
-    said = interrupted(started)  # what follows is as ever
-    assert "Evicted: the node was low on memory" in said, said
-    assert "continuing after RS step" in said, said
+    said = started.communicate(timeout=400)[0]
+    assert started.returncode == 0, said[-6000:] + fresh.api.logs()
+    assert "Evicted: the node was low on memory" in said and "continuing after RS step" in said, said
     assert [pod.phase for pod in fresh.api.of("iterate")] == ["Failed", "Succeeded"]
-    assert step_numbers(run) == [1, 2, 3, 4, 5, 6]
+    assert step_numbers(run) == [1, 2, 3, 4, 5, 6] and "report.html" in names(run)
+
+
+def test_an_error_that_would_only_come_again_costs_one_pod(fresh):
+    done = fresh.run("run", flow="sft_flow", sft__train="{no_such_file.jsonl: 1}")
+    assert done.status != 0 and "no_such_file.jsonl" in done.output, done.output
+    assert [pod.phase for pod in fresh.api.pods] == ["Failed"], done.output
 
 
 def test_an_interrupt_ends_the_pods_and_a_resume_goes_on_in_pods(fresh):
@@ -138,11 +144,17 @@ def test_an_interrupt_ends_the_pods_and_a_resume_goes_on_in_pods(fresh):
     assert find_run(fresh.root, "sft/latest") == run and {"report.json", "model/config.json"} <= set(names(run))
 
 
-def test_a_secret_that_is_not_there_is_named_while_the_run_waits(fresh):
-    started = fresh.begin(fresh.command("rs_flow", "run", kubernetes__secrets="[not-there]"))
-    line = next(line for line in started.stdout if "CreateContainerConfigError" in line)
-    assert 'secret "not-there" not found' in line
+def test_a_secret_that_is_not_there_keeps_its_pod_waiting_and_an_interrupt_takes_it_away(fresh):
+    """Metaflow says how the pod is as it starts, once: why it waits, the cluster knows."""
+    started = fresh.begin(fresh.command("sft_flow", "run", kubernetes__secrets="[not-there]"))
+    line = next(line for line in started.stdout if "Task is starting (Pod is pending" in line)
+    (pod,) = fresh.api.pods
+    assert f"pod {pod.name}" in line and pod.manifest["status"]["containerStatuses"][0]["state"]["waiting"] == {
+        "reason": "CreateContainerConfigError",
+        "message": 'secret "not-there" not found',
+    }
     interrupted(started)
+    assert pod.phase == "Failed"
 
 
 def test_bare_with_kubernetes_takes_metaflows_own_settings(fresh):

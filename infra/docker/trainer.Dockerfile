@@ -33,6 +33,7 @@ COPY alignment/ alignment/
 COPY configs/ configs/
 COPY flows/ flows/
 COPY infra/ infra/
+COPY metaflow_extensions/ metaflow_extensions/
 COPY models/ models/
 COPY triton_repo/ triton_repo/
 
