@@ -24,9 +24,9 @@ def asked(phase: str, decorator: str, attribute: str) -> Any:
 
 
 @functools.cache
-def decorators(config: str, flow: str = "rs_iteration_flow") -> dict[tuple[str, str], dict[str, Any]]:
+def decorators(config: str) -> dict[tuple[str, str], dict[str, Any]]:
     """The attributes of each step's decorators, as Metaflow resolves them."""
-    command = [sys.executable, str(ROOT / "flows" / f"{flow}.py"), "--config-value", "config", config]
+    command = [sys.executable, str(ROOT / "flows" / "rs_iteration_flow.py"), "--config-value", "config", config]
     done = subprocess.run([*command, "output-raw", "--json"], capture_output=True, text=True, check=True)
     steps = json.loads(done.stdout)["graph"]
     return {(name, one["name"]): one["attributes"] for name, step in steps.items() for one in step["decorators"]}
