@@ -27,6 +27,7 @@ pytestmark = pytest.mark.cluster
 
 STEPS = {"start": 1, "reward_model": 1, "iterate": 2, "evaluate": 1, "end": 1}
 LESS_TO_DO = {"reward_training__num_train": 64, "judge__num_train_pairs": 64, "evaluation__num_prompts": 4}
+BENCH_LESS = ("reward_training.num_train=64", "judge.num_train_pairs=64")
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +169,7 @@ def test_bare_with_kubernetes_takes_metaflows_own_settings(fresh):
 
 
 def test_the_phases_of_a_step_are_pods_that_a_pod_starts_and_the_update_is_a_gang_on_two(fresh, tmp_path):
-    """The run's folder is a volume that all pods see."""
+    """The run's folder is a volume that all pods see. What follows the first of its two steps, other tests do."""
     volume = tmp_path / "volume"
     volume.mkdir()
     settings = {
@@ -177,16 +178,19 @@ def test_the_phases_of_a_step_are_pods_that_a_pod_starts_and_the_update_is_a_gan
         "kubernetes__service_account": "alignment-runs",
         "loop__executor": "disaggregated",
         "loop__steps_per_iteration": 1,
-        "loop__max_steps": 1,
+        "loop__max_steps": 2,
         "phases__shards": 2,
         "phases__update_nodes": 2,
         **LESS_TO_DO,
     }
-    with served_bench(tmp_path / "bench" / "runs") as bench:
-        done = fresh.run("run", reward__url=bench.url, **settings)
-    assert done.status == 0, done.output[-6000:] + fresh.api.logs()
-    pods = Counter(pod.step for pod in fresh.api.pods)
-    assert (pods["iterate"], pods["rollouts"], pods["gang_update"]) == (1, 2, 2)
+    ended = ("Succeeded", "Failed")
+    with served_bench(tmp_path / "bench" / "runs", *BENCH_LESS) as bench:
+        started = fresh.begin(fresh.command("rs_flow", "run", reward__url=bench.url, **settings))
+        wait_for(lambda: any(pod.phase in ended for pod in fresh.api.of("iterate")), 600, "the end of the first step")
+        said = interrupted(started)
+    pods = Counter(pod.step for pod in fresh.api.pods if pod.phase == "Succeeded")
+    assert pods["iterate"] == 1, said[-6000:] + fresh.api.logs()
+    assert (pods["rollouts"], pods["scoring"], pods["gang_update"], pods["gang_done"]) == (2, 1, 2, 1)
     gangs = [one for one in fresh.api.posted if one["kind"] == "JobSet"]
     assert [[part["replicas"] for part in gang["spec"]["replicatedJobs"]] for gang in gangs] == [[1, 1]]
     run = next((volume / "runs").glob("[0-9]*"))
