@@ -6,6 +6,7 @@ All raise ValueError, which `alignment.config` makes a ConfigError, or ConfigErr
 import re
 from typing import TYPE_CHECKING
 
+from alignment.config_kubernetes import check_kubernetes
 from alignment.config_slurm import check_slurm
 from alignment.config_training import RewardTrainingSection, SftSection, TrainingSection
 
@@ -60,12 +61,7 @@ def check_config(config: "Config") -> None:
     _check_sft(config)
     _check_phases(config)
     check_slurm(config)
-    if config.kubernetes.image and config.phases.run_with:
-        raise ValueError(
-            f"phases.run_with ({', '.join(config.phases.run_with)}) and kubernetes.image ({config.kubernetes.image}) "
-            "both say where phases run: leave one of them out"
-        )
-    config.kubernetes.check({"run.root": config.run.root, "reward.repository": config.reward.repository})
+    check_kubernetes(config)
     if config.reward.name == "policy":
         raise ValueError(
             "reward.name (policy) is what the registry calls the policies of runs: give the reward model another name"

@@ -6,11 +6,14 @@ What is left empty here is as Metaflow's own METAFLOW_KUBERNETES_* settings have
 import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from alignment.config_sections import Section
+
+if TYPE_CHECKING:
+    from alignment.config import Config
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
 """What Kubernetes takes for the name of an object."""
@@ -23,7 +26,7 @@ class KubernetesSection(Section):
     namespace: Name | None = None
     """Namespace of the pods; null: METAFLOW_KUBERNETES_NAMESPACE, else `default`."""
     service_account: Name | None = None
-    """Service account of the pods; the disaggregated executor starts pods from a pod, and needs one that may."""
+    """Service account of the pods; the disaggregated executor starts pods from a pod, and must have one that may."""
     secrets: tuple[Name, ...] = ()
     """Secrets whose keys become environment variables of every task: those of S3, WANDB_API_KEY."""
     image_pull_secrets: tuple[Name, ...] = ()
@@ -40,6 +43,9 @@ class KubernetesSection(Section):
     """MB of the node's disk: the copies of runs and models (run.workspace, RS_CACHE), where these are on no volume."""
     volume_claims: dict[Name, Path] = Field(default_factory=dict)
     """Persistent volume claims, each with the folder where tasks see it: a run.root that all nodes share."""
+    retries: int = Field(2, ge=0, le=4)
+    """Times that a task is repeated, at once, after its pod was evicted, preempted or failed. Phases of the
+    disaggregated executor have phases.<phase>.retries."""
 
     def pod(self, gpus: int) -> dict[str, Any]:
         """What Metaflow's @kubernetes is told of a task with that many GPUs; what is empty is left out."""
@@ -85,3 +91,20 @@ class KubernetesSection(Section):
 
     def _on_a_volume(self, place: str) -> bool:
         return any(PurePosixPath(place).is_relative_to(mount) for mount in self.volume_claims.values())
+
+
+def check_kubernetes(config: "Config") -> None:
+    """Raise ValueError where `kubernetes` does not go with the rest."""
+    own = config.kubernetes
+    if own.image and config.phases.run_with:
+        raise ValueError(
+            f"phases.run_with ({', '.join(config.phases.run_with)}) and kubernetes.image ({own.image}) both say where "
+            "phases run: leave one of them out"
+        )
+    own.check({"run.root": config.run.root, "reward.repository": config.reward.repository})
+    if own.image and config.loop.executor == "disaggregated" and own.service_account is None:
+        raise ValueError(
+            "kubernetes.service_account (null) with loop.executor=disaggregated: the pod of an RS step starts the pods "
+            "of its phases, as an account that may. Set it (infra/kubernetes/components/runs makes alignment-runs), or "
+            "loop.executor=colocated"
+        )

@@ -15,7 +15,10 @@ from sources import COMMAND_STARTED, typed
 
 
 class placed(FlowMutator):
-    """Every step a pod, where the config names a `kubernetes.image`; else Metaflow's `--with` says where."""
+    """Every step a pod, where the config names a `kubernetes.image`; else Metaflow's `--with` says where.
+
+    It is repeated as kubernetes.retries says, unless the step has a rule of its own or the error would only come again.
+    """
 
     def pre_mutate(self, mutable_flow):
         section = typed(config_of(mutable_flow)).kubernetes
@@ -23,6 +26,8 @@ class placed(FlowMutator):
             return
         for _, step in mutable_flow.steps:
             step.add_decorator("kubernetes", deco_kwargs=section.pod(_gpus(step)))
+            step.add_decorator("retry", deco_kwargs={"times": section.retries, "minutes_between_retries": 0})
+            step.add_decorator("if_curable")
             if "argo-workflows" not in sys.argv:  # a workflow starts long after it was made
                 step.add_decorator("environment", deco_kwargs={"vars": _handed_on()})
 

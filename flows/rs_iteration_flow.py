@@ -22,6 +22,9 @@ from metaflow import (
 
 from placement import config_of, on_cluster, placed
 
+AT_ONCE = {"minutes_between_retries": 0}
+"""Of a repeated pod, which would else wait for two minutes; elsewhere Metaflow never waits."""
+
 
 def phase(name):
     """@resources, @retry, @timeout and the cluster's job of a phase, as the config has them."""
@@ -32,7 +35,7 @@ def phase(name):
     def decorated(function):
         asked = {key: of(f"in_phase({name!r}).resources.{key}") for key in ("gpu", "cpu", "memory")}
         limited = timeout(seconds=of(f"phases.{name}.timeout_s"))(function)
-        return on_cluster(resources(**asked)(retry(times=of(f"phases.{name}.retries"))(limited)))
+        return on_cluster(resources(**asked)(retry(times=of(f"phases.{name}.retries"), **AT_ONCE)(limited)))
 
     return decorated
 
@@ -45,7 +48,8 @@ def preparing(function):
 
     asked = {key: of(f"resources.{key}") for key in ("gpu", "cpu", "memory")}
     limited = timeout(seconds=config_expr("config.phases['update'].timeout_s"))(function)
-    return on_cluster(resources(**asked)(retry(times=config_expr("config.phases['update'].retries"))(limited)))
+    again = retry(times=config_expr("config.phases['update'].retries"), **AT_ONCE)
+    return on_cluster(resources(**asked)(again(limited)))
 
 
 class may_be_lost(StepMutator):
@@ -76,7 +80,7 @@ class RSIterationFlow(FlowSpec):
     config = Config("config", default=DEFAULT_PRESET, parser=parse_preset, help=CONFIG_HELP)
     run_path = Parameter("run_path", default="", help="run folder to go on with; empty begins a new one")
 
-    @retry(times=1)
+    @retry(times=1, **AT_ONCE)
     @step
     def start(self):
         """Find or begin the run; name the step to do."""
@@ -98,7 +102,7 @@ class RSIterationFlow(FlowSpec):
             prepare_step(typed(self.config), self.place)
         self.next(self.sharding)
 
-    @retry(times=1)
+    @retry(times=1, **AT_ONCE)
     @step
     def sharding(self):
         """Name the shards and who scores them."""
@@ -131,7 +135,7 @@ class RSIterationFlow(FlowSpec):
             self.scored = score_shards(typed(self.config), self.place, shards)
         self.next(self.selection)
 
-    @retry(times=1)
+    @retry(times=1, **AT_ONCE)
     @step
     def selection(self):
         """Decide which rollouts are kept, and why."""
@@ -155,7 +159,7 @@ class RSIterationFlow(FlowSpec):
             self.checkpoint = train(typed(self.config), self.place, self.scored, self.decisions, alone)
         self.next(self.validation)
 
-    @retry(times=1)
+    @retry(times=1, **AT_ONCE)
     @step
     def gang(self):
         """Begin the gang, which a step with two ways on cannot do."""
@@ -175,7 +179,7 @@ class RSIterationFlow(FlowSpec):
             self.checkpoint = train(typed(self.config), self.place, self.scored, self.decisions, gang)
         self.next(self.gang_done)
 
-    @retry(times=1)
+    @retry(times=1, **AT_ONCE)
     @step
     def gang_done(self, inputs):
         """Go on with the checkpoint that the gang's first node names."""
@@ -193,7 +197,7 @@ class RSIterationFlow(FlowSpec):
             self.validated = validate(typed(self.config), self.place, self.checkpoint)
         self.next(self.end)
 
-    @retry(times=1)
+    @retry(times=1, **AT_ONCE)
     @step
     def end(self):
         """Say how it went."""

@@ -110,9 +110,8 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except AlignmentError as error:
-        shown = MetaflowException(str(error))
-        shown.headline = type(error).__name__
-        raise shown from None
+        kind = type(error).__name__
+        raise type(kind, (MetaflowException,), {"headline": kind})(str(error)) from None
 
 
 @contextmanager

@@ -54,10 +54,10 @@ def iterate(config: Config, run: RunFolder) -> Checkpoint:
 
 
 @contextlib.contextmanager
-def served_bench(root: Path) -> Iterator[Bench]:
+def served_bench(root: Path, *overrides: str) -> Iterator[Bench]:
     """The smoke preset's reward model, trained and served for as long as the context lasts."""
     with contextlib.redirect_stdout(io.StringIO()):
-        config = load_config(SMOKE, [f"run.root={root}", "wandb.mode=disabled"])
+        config = load_config(SMOKE, [f"run.root={root}", "wandb.mode=disabled", *overrides])
         reference, _ = prepare_scorers(config, begin(config, "exporting")[0])
     with reward_server(
         repository=Path(reference["repository"]),

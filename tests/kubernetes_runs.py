@@ -43,4 +43,5 @@ def image_environment() -> dict[str, str]:
     """What trainer.Dockerfile sets, with this environment's programs in the place of the image's."""
     words = [rest for keyword, rest in instructions(DOCKER / "trainer.Dockerfile") if keyword == "ENV"][-1].split()
     programs = os.pathsep.join([str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin"])
-    return {**dict(word.split("=", 1) for word in words), "PATH": programs}
+    # Else Metaflow forks a process with a client of its own for each of a task's dozen of artifacts.
+    return {**dict(word.split("=", 1) for word in words), "PATH": programs, "METAFLOW_S3_WORKER_COUNT": "2"}

@@ -20,11 +20,11 @@ from flow_runs import ROOT
 
 def asked(phase: str, decorator: str, attribute: str) -> Any:
     """What a decorator of a phase's Metaflow step says, from the command line on."""
-    return lambda config: _decorators(config.model_dump_json())[phase, decorator][attribute]
+    return lambda config: decorators(config.model_dump_json())[phase, decorator][attribute]
 
 
 @functools.cache
-def _decorators(config: str) -> dict[tuple[str, str], dict[str, Any]]:
+def decorators(config: str) -> dict[tuple[str, str], dict[str, Any]]:
     """The attributes of each step's decorators, as Metaflow resolves them."""
     command = [sys.executable, str(ROOT / "flows" / "rs_iteration_flow.py"), "--config-value", "config", config]
     done = subprocess.run([*command, "output-raw", "--json"], capture_output=True, text=True, check=True)

@@ -58,7 +58,12 @@ class Pod:
         return self.manifest["status"]["phase"]
 
     def start(self) -> None:
-        self._thread.start()
+        """Start its process, unless the container lacks something: then it waits, as the kubelet has it, for good."""
+        lacking = self._lacking(self.manifest["spec"]["containers"][0])
+        if lacking:
+            self._told("Pending", {"waiting": {"reason": "CreateContainerConfigError", "message": lacking}})
+        else:
+            self._thread.start()
 
     def end(self, reason: str, message: str) -> None:
         """End it at once, as an eviction or a limit of time does."""
@@ -93,10 +98,6 @@ class Pod:
 
     def _live(self) -> None:
         container = self.manifest["spec"]["containers"][0]
-        lacking = self._lacking(container)
-        if lacking:  # which the kubelet tries again and again
-            self._told("Pending", {"waiting": {"reason": "CreateContainerConfigError", "message": lacking}})
-            return
         home = self._folder / "home"
         home.mkdir(parents=True)
         begun = now()

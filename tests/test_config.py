@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import config_effects as see
+import kubernetes_effects as pods
 import phase_effects as phases
 import sft_effects as sft
 import slurm_effects as slurm
@@ -219,6 +220,12 @@ def test_each_bad_value_is_one_line_with_key_value_and_remedy() -> None:
             ["kubernetes.image=x:1", "run.root=s3://bucket/runs", "reward.repository=/models"],
             "reward.repository (/models) must be seen by all tasks, which kubernetes.image makes pods: set it to a "
             "prefix s3://…, or to a folder in one of kubernetes.volume_claims",
+        ),
+        (
+            ["kubernetes.image=x:1", "run.root=s3://bucket/runs", *DISAGGREGATED],
+            "kubernetes.service_account (null) with loop.executor=disaggregated: the pod of an RS step starts the pods "
+            "of its phases, as an account that may. Set it (infra/kubernetes/components/runs makes alignment-runs), or "
+            "loop.executor=colocated",
         ),
         (["training.min_lr=0.1"], "training.min_lr (0.1) must be <= training.lr (0.001)"),
         (
@@ -696,6 +703,7 @@ EFFECTS = {
             ("volume_claims", {"v": "/v"}, "persistent_volume_claims", {"v": "/v"}),
         )
     },
+    "kubernetes.retries": Effect(3, pods.repeated, {"times": 3, "minutes_between_retries": 0}, PODS),
     "wandb.mode": Effect("offline", see.wandb_run, ["rejection-sampling"]),
     "wandb.project": Effect("other", see.wandb_run, ["other"], ("wandb.mode=offline",)),
 }

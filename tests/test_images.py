@@ -72,6 +72,19 @@ def test_what_is_copied_is_there_and_is_let_in(path: Path) -> None:
     assert (ROOT / ".dockerignore").read_text().splitlines()[1] == "*"
 
 
+def test_the_trainers_image_holds_all_that_a_flow_needs(tmp_path: Path) -> None:
+    """The preset of Slurm wants the most: a decorator of the project's own."""
+    for keyword, rest in instructions(DOCKER / "trainer.Dockerfile"):
+        source, target = rest.split()[0], rest.split()[-1]
+        if keyword == "COPY" and source == target:
+            shutil.copytree(ROOT / source, tmp_path / target, ignore=shutil.ignore_patterns("__pycache__"))
+    done = subprocess.run(
+        [sys.executable, "flows/rs_flow.py", "--config", "config", "configs/slurm.yaml", "show"],
+        cwd=tmp_path, text=True, capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "Step iterate" in done.stdout + done.stderr, done.stdout + done.stderr
+
+
 def test_the_servers_packages_have_the_runs_versions() -> None:
     ours, all_of_a_run = pins(DOCKER / "requirements-triton.txt"), pins(ROOT / "requirements.txt")
     assert ours.items() <= all_of_a_run.items()

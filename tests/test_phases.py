@@ -298,8 +298,9 @@ def test_a_source_that_was_found_is_not_looked_up_again(tmp_path: Path) -> None:
 
 def test_every_step_is_retried_and_the_preparation_asks_for_what_its_validation_does(tmp_path: Path) -> None:
     own = ("phases.validation.gpu=1", "phases.validation.memory=9", "policy.dtype=float32", "phases.update.retries=3")
-    steps = phase_effects._decorators(config_in(tmp_path, *own, "phases.update.timeout_s=77").model_dump_json())
+    steps = phase_effects.decorators(config_in(tmp_path, *own, "phases.update.timeout_s=77").model_dump_json())
     assert all(steps[name, "retry"]["times"] for name in ("start", "sharding", "selection", "end"))
+    assert {rule["minutes_between_retries"] for (_, name), rule in steps.items() if name == "retry"} == {0}
     asked = steps["preparation", "resources"]
     assert (asked["gpu"], asked["memory"]) == (1, 4000)
     assert steps["preparation", "retry"]["times"] == 3 and steps["preparation", "timeout"]["seconds"] == 77

@@ -16,10 +16,10 @@ RUN pip install --requirement /opt/requirements.txt --requirement /opt/requireme
 
 FROM python:3.11.13-slim-bookworm
 
-# Metaflow's pods need boto3 and requests, which are here: nothing is to be installed when one starts.
+# Metaflow's pods need boto3 and requests, which are here: nothing is to be installed when one starts. Each unpacks its
+# code and starts half a dozen Pythons on it, so bytecode is written.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
-    PYTHONDONTWRITEBYTECODE=1 \
     METAFLOW_SKIP_INSTALL_DEPENDENCIES=1 \
     METAFLOW_USER=alignment
 
@@ -33,6 +33,7 @@ COPY alignment/ alignment/
 COPY configs/ configs/
 COPY flows/ flows/
 COPY infra/ infra/
+COPY metaflow_extensions/ metaflow_extensions/
 COPY models/ models/
 COPY triton_repo/ triton_repo/
 
