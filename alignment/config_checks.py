@@ -6,6 +6,7 @@ All raise ValueError, which `alignment.config` makes a ConfigError, or ConfigErr
 import re
 from typing import TYPE_CHECKING
 
+from alignment.config_promotion import check_promotion
 from alignment.config_slurm import check_slurm
 from alignment.config_training import RewardTrainingSection, SftSection, TrainingSection
 
@@ -59,6 +60,7 @@ def check_config(config: "Config") -> None:
     _check_reward_ensemble(config)
     _check_sft(config)
     _check_phases(config)
+    check_promotion(config.promotion, config.training)
     check_slurm(config)
     if config.kubernetes.image and config.phases.run_with:
         raise ValueError(
