@@ -51,7 +51,7 @@ def gate(
     """`promotion` of report.json: the verdict on the checkpoint of RS step `step`, with that of each rule.
 
     `rows` are those of evaluation.json, `rollback` the run's record of that kind. Of a rule that is left out `passed`
-    is None.
+    is None; `alias` is the one that a promoted policy gets.
     """
     own = config
     length, kl, distinct = _length_ratio(rows), _kl(rows), _distinct_ratio(rows)
@@ -69,7 +69,7 @@ def gate(
         "verdict": PROMOTED if passed else NOT_PROMOTED,
         "rules": rules,
         "rolled_back": None if rollback is None else {"to_step": step, **{key: rollback[key] for key in keys}},
-        "alias": own.alias,
+        "alias": own.alias if passed else None,
     }
 
 

@@ -130,15 +130,15 @@ def run_evaluation(
     Returns the report and a reference to the evaluated checkpoint.
     """
     from alignment.evaluation_stage import evaluate
-    from alignment.promotion import PROMOTED
     from models.promotions import promote_once
     from models.registry import register_result
 
     with opened(config, run_path, all_kept=True) as run:
         report, checkpoint = evaluate(config, run, RewardModelRef(**reward), _judge_in(run, judge), started)
     entry = register_result(config, run_path, reward, checkpoint)
-    if config.promotion.alias is not None and report["promotion"]["verdict"] == PROMOTED:
-        print(promote_once(config.run.root, entry, config.promotion.alias, report["run_id"]))
+    alias = report["promotion"]["alias"]
+    if alias is not None:
+        print(promote_once(config.run.root, entry, alias, report["run_id"]))
     return report, asdict(checkpoint)
 
 
