@@ -9,6 +9,7 @@ from alignment.errors import CheckpointError, StoppedError
 from alignment.launch import run_workers
 from alignment.preparation import total_steps
 from alignment.reward_server import RewardServer
+from alignment.rollback import end_of_loop, settle, standing_checkpoint
 from alignment.run_events import listener
 from alignment.run_folder import RunFolder
 from alignment.run_metrics import end_progress
@@ -20,9 +21,15 @@ WORKER = "alignment.worker"
 
 
 def iterate(config: Config, run: RunFolder, reward: RewardModelRef, judge: JudgeRef) -> Checkpoint:
-    """RS steps from the run's last checkpoint to the next multiple of `steps_per_iteration`. Raises AlignmentError."""
+    """RS steps from the run's last checkpoint to the next multiple of `steps_per_iteration`. Raises AlignmentError.
+
+    Where a step failed badly, the best checkpoint before it; no RS step follows.
+    """
     from models.checkpoints import newest_checkpoint
 
+    failed = settle(config.promotion, run)
+    if failed is not None:  # a resume of a run whose loop is over
+        return _over(run, failed)
     claim_devices(config)
     total = total_steps(config, run.path)
     begun_at = newest_checkpoint(run.checkpoints)
@@ -56,6 +63,9 @@ def iterate(config: Config, run: RunFolder, reward: RewardModelRef, judge: Judge
             grace_s=config.loop.stop_grace_s,
             gang=allocated_gang(config),
         )
+    failed = run.rollback()
+    if failed is not None:
+        return _over(run, failed)
     checkpoint = newest_checkpoint(run.checkpoints)
     if stopped or until == total:
         end_progress(run)
@@ -68,6 +78,13 @@ def iterate(config: Config, run: RunFolder, reward: RewardModelRef, judge: Judge
     if checkpoint is None or checkpoint.step < until:
         raise CheckpointError(f"{run.checkpoints} holds no checkpoint of RS step {until}, which the workers just made")
     return checkpoint
+
+
+def _over(run: RunFolder, failed: dict[str, Any]) -> Checkpoint:
+    """The checkpoint that a run whose loop ended early has come to."""
+    end_progress(run)
+    print(end_of_loop(failed))
+    return standing_checkpoint(run)
 
 
 def _metrics_url(server: RewardServer) -> list[str]:

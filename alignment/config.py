@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from alignment.config_checks import check_config
 from alignment.config_kubernetes import KubernetesSection
 from alignment.config_phases import PhaseSection, PhasesSection
+from alignment.config_promotion import PromotionSection
 from alignment.config_sections import (
     EvaluationSection,
     JudgeSection,
@@ -60,6 +61,7 @@ class Config(Section):
     phases: PhasesSection = PhasesSection()
     validation: ValidationSection = ValidationSection()
     evaluation: EvaluationSection = EvaluationSection()
+    promotion: PromotionSection = PromotionSection()
     resources: ResourcesSection = ResourcesSection()
     slurm: SlurmSection = SlurmSection()
     kubernetes: KubernetesSection = KubernetesSection()

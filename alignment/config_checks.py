@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from alignment.config_kubernetes import check_kubernetes
+from alignment.config_promotion import check_promotion
 from alignment.config_slurm import check_slurm
 from alignment.config_training import RewardTrainingSection, SftSection, TrainingSection
 
@@ -60,6 +61,7 @@ def check_config(config: "Config") -> None:
     _check_reward_ensemble(config)
     _check_sft(config)
     _check_phases(config)
+    check_promotion(config.promotion, config.training)
     check_slurm(config)
     check_kubernetes(config)
     if config.reward.name == "policy":

@@ -19,6 +19,7 @@ from alignment.errors import AlignmentError, CheckpointError, ConfigError
 from alignment.preparation import total_steps
 from alignment.run_folder import RunFolder
 from alignment.s3 import is_s3
+from alignment.types import Checkpoint
 from alignment.workspace import find_run, first_id_in_s3
 
 SERVING = ("repository", "url", "version", "grpc_port", "timeout_s", "patience_s", "token_budget")
@@ -79,11 +80,11 @@ def check_own(config: Config, run: RunFolder, checkpoint: Path) -> None:
 
 def adopt(config: Config, source: RunFolder, run: RunFolder) -> None:
     """Fill a new run's folder from the run that `resume.from` names; once, however often. Raises AlignmentError."""
-    from models.checkpoints import finished, last_checkpoint
+    from models.checkpoints import before, finished
 
     if run.scorers.exists():  # written last: a first step that is done again must not undo what came after it
         return
-    checkpoint = last_checkpoint(source.checkpoints)
+    checkpoint = _last_good(source)
     if checkpoint is None:
         raise CheckpointError(f"resume.from ({source.uri}) has no finished checkpoint: resume that run, or start anew")
     different = differences(task_of(parse_config(source.config.read_text())), task_of(config))
@@ -100,11 +101,27 @@ def adopt(config: Config, source: RunFolder, run: RunFolder) -> None:
         _link(source.path / "excluded_prompts.jsonl", run.path / "excluded_prompts.jsonl")
         for step in range(1, checkpoint.step + 1):
             _link(source.rollouts_file(step), run.rollouts_file(step))
-        for folder in finished(source.checkpoints):
+        for folder in before(finished(source.checkpoints), checkpoint.step + 1):
             _adopt_checkpoint(folder, run.checkpoints / folder.name)
     _adopt_metrics(source, run, checkpoint.step)
     scorers["judge"]["uri"] = run.uri_of(run.path / "judge")
     write_json(run.scorers, scorers)
+
+
+def _last_good(source: RunFolder) -> Checkpoint | None:
+    """The run's last checkpoint; of a run that was rolled back the one that it went back to. Raises CheckpointError."""
+    from alignment.rollback import standing_checkpoint
+    from models.checkpoints import last_checkpoint
+
+    failed = source.failed_step()
+    if failed is None:
+        return last_checkpoint(source.checkpoints)
+    standing = standing_checkpoint(source)
+    if standing.step >= failed:
+        raise CheckpointError(
+            f"resume.from ({source.uri}) has no checkpoint before its RS step {failed}, which failed badly: start anew"
+        )
+    return standing
 
 
 def _check_goes_on(config: Config, source: RunFolder, done: int, version: str) -> None:

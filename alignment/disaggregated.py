@@ -24,6 +24,7 @@ from alignment.launch import Gang, run_workers
 from alignment.node_gpus import take_gpu
 from alignment.phase_parts import Plain, rollout, sample, score, scored_rollout
 from alignment.preparation import load_prompt_sets, total_steps
+from alignment.rollback import settle
 from alignment.rollouts import in_prompt_order
 from alignment.run_folder import RunFolder
 from alignment.stages import begin, prepare_scorers
@@ -52,6 +53,12 @@ def begin_step(config: Config, run_path: str | None, run_id: str, resumed_id: st
         if parse_config(run.config.read_text()) != config:
             raise ConfigError(
                 f"the run {path} was begun with another config: give its own, --config config {path}/config.json"
+            )
+        rollback = run.rollback()
+        if rollback is not None:
+            raise ConfigError(
+                f"the run {path} does no further RS step: {rollback['reason']}. To go on from its best checkpoint, "
+                f"begin another with --set resume.from={path} and another config"
             )
         checkpoint, total = newest_checkpoint(run.checkpoints), total_steps(config, run.path)
     done = checkpoint.step if checkpoint else 0
@@ -179,7 +186,7 @@ def _train(config: Config, run: RunFolder, place: Place, scored: Plain, gang: Ga
     if gang.rank:
         return None
     checkpoint = newest_checkpoint(run.checkpoints)  # verified by whoever loads it
-    if checkpoint is None or checkpoint.step != step:
+    if checkpoint is None or (checkpoint.step != step and run.rollback() is None):
         raise CheckpointError(f"{run.checkpoints} holds no checkpoint of RS step {step}, which the workers just made")
     todo.unlink(missing_ok=True)  # rollouts/ has it all, and for as long as the run is kept
     return checkpoint
@@ -192,12 +199,13 @@ def validate(config: Config, place: Place, checkpoint: Mapping[str, Any]) -> Pla
     """
     step = place["step"]
     with opened(config, place["run_path"]) as run:
-        if not config.validates(step, total_steps(config, run.path)):
+        if run.rollback() is not None or not config.validates(step, total_steps(config, run.path)):
             return {}
         _check_place(run, place, trained=checkpoint["sha256"])
         recorded = [r for r in run.read_metrics() if r["kind"] == "validation" and r["step"] == step]
         # A repeated task finds its record.
         record = recorded[0] if recorded else _validate(config.in_phase("validation"), run, place, step)
+        settle(config.promotion, run)
     return {key: value for key, value in record.items() if key not in ("rewards", "judged", "shadowed")}
 
 

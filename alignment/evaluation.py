@@ -158,12 +158,22 @@ def paired_rows(base: Samples, aligned: Samples, kl: Sequence[float] | None) -> 
             "aligned_reward": a.reward,
             "base_judge": base_judge[0],
             "aligned_judge": aligned_judge[0],
+            "base_tokens": b.num_tokens,
+            "aligned_tokens": a.num_tokens,
             "kl_to_base": nats,
+            **_shadow_scores(b, a),
         }
         for b, a, base_judge, aligned_judge, nats in zip(
             base.first(), aligned.first(), base.judged, aligned.judged, divergences, strict=True
         )
     ]
+
+
+def _shadow_scores(base: ScoredRollout, aligned: ScoredRollout) -> dict[str, Any]:
+    """What each shadow gave two responses to a prompt, where there are any."""
+    if not base.shadow_rewards:
+        return {}
+    return {"base_shadows": dict(base.shadow_rewards), "aligned_shadows": dict(aligned.shadow_rewards)}
 
 
 def _shadows(base: Sequence[ScoredRollout], aligned: Sequence[ScoredRollout]) -> dict[str, Any]:

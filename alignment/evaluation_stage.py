@@ -2,18 +2,21 @@
 EvaluateFlow whatever `evaluation.model` names; both measure it here.
 """
 
+import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.config import Config
-from alignment.errors import CheckpointError
 from alignment.lm_harness import check_tasks, run_tasks
 from alignment.policy_source import PolicySource, base_folder, find_policy, loadable
 from alignment.preparation import load_prompts, prepare_evaluation
 from alignment.progress import PhaseLines
+from alignment.promotion import gate
+from alignment.rollback import standing_checkpoint
 from alignment.run_folder import RunFolder, write_json
 from alignment.s3 import is_s3
 from alignment.task import claim_devices, scoring_models, served, tested_clients, timed_task, tracker
@@ -32,16 +35,27 @@ def evaluate(
 ) -> tuple[dict[str, Any], Checkpoint]:
     """Evaluate the best checkpoint by validation, write evaluation.json and the report; returns report and checkpoint.
 
-    `started` is the Unix time at which the run began.
+    `started` is the Unix time at which the run began. A report that is there already is not made again: a resume must
+    not change what has been said of a policy.
     """
-    from models.checkpoints import best_checkpoint
-
-    checkpoint = best_checkpoint(run.checkpoints, run.validations())
-    if checkpoint is None:
-        raise CheckpointError(f"{run.checkpoints} holds no finished checkpoint: resume the run")
+    checkpoint = standing_checkpoint(run)
     named = replace(checkpoint, uri=run.uri_of(Path(checkpoint.uri)))
     base = config.policy.model if is_s3(run.uri) else str(base_folder(config))
-    return evaluate_against(config, run, reward, judge, named, base, started), named
+    told = _told(run, named)
+    if told is not None:
+        _log(config, run, told)
+        return told, named
+    gated = partial(gate, config.promotion, step=checkpoint.step, rollback=run.rollback())
+    return evaluate_against(config, run, reward, judge, named, base, started, gated), named
+
+
+def _told(run: RunFolder, checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The report that says of this checkpoint whether it is promoted; None where there is none yet."""
+    if not run.report_json.is_file():
+        return None
+    report: dict[str, Any] = json.loads(run.report_json.read_text())
+    same = report["checkpoint"] == asdict(checkpoint) and "promotion" in report
+    return report if same else None
 
 
 def find_policies(config: Config, on_note: Callable[[str], None]) -> tuple[PolicySource, PolicySource]:
@@ -77,8 +91,12 @@ def evaluate_against(
     checkpoint: Checkpoint,
     base: str,
     started: float,
+    gated: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Measure `checkpoint` against `base`, a folder, URI or name; write evaluation.json and the report, returned."""
+    """Measure `checkpoint` against `base`, a folder, URI or name; write evaluation.json and the report, returned.
+
+    `gated` makes the report's `promotion` from the rows of evaluation.json.
+    """
     from alignment.evaluation import evaluation, paired_rows
     from alignment.report import build_report, write_report
 
@@ -101,11 +119,16 @@ def evaluate_against(
         total_seconds=time.time() - started,
         setup_seconds=sum(r["seconds"] for r in metrics if r["kind"] == "task" and r["name"] in SETUP_TASKS),
         ensemble=_ensemble(config, run, reward),
+        promotion=gated(json.loads((run.path / "evaluation.json").read_text())) if gated else None,
     )
     write_report(run, report, [_sample(row) for row in rows])
+    _log(config, run, report)
+    return report
+
+
+def _log(config: Config, run: RunFolder, report: dict[str, Any]) -> None:
     with tracker(config, run) as wandb_run:
         wandb_run.log_summary(report)
-    return report
 
 
 def _ensemble(config: Config, run: RunFolder, reward: RewardModelRef) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from alignment.launch import SOURCE_ROOT, stop, worker_environment
 from alignment.lifeline import ELSEWHERE_S, INTERRUPTED_S, acting_after
 from alignment.node_gpus import gpu_count
 from alignment.preparation import total_steps
+from alignment.rollback import end_of_loop, settle, standing_checkpoint
 from alignment.run_events import listener
 from alignment.run_folder import RunFolder
 from alignment.run_metrics import RunProgress, after, end_progress, write_progress
@@ -61,8 +62,8 @@ class _Todo:
 def iterate(config: Config, run_path: str) -> tuple[Checkpoint, bool]:
     """The next RS step, or what is left of one that was begun; its checkpoint and whether steps are left.
 
-    Its phases open the run by themselves, on whatever node they are; this task looks at it before and after.
-    Raises AlignmentError.
+    Its phases open the run by themselves, on whatever node they are; this task looks at it before and after. Where a
+    step failed badly, the best checkpoint before it, and no step is left. Raises AlignmentError.
     """
     from models.checkpoints import newest_checkpoint
 
@@ -82,8 +83,13 @@ def iterate(config: Config, run_path: str) -> tuple[Checkpoint, bool]:
             just_done = todo.is_left and record["step"] == todo.step
             listen(record, time.monotonic() - begun if just_done else None)
         run.append_metrics({"kind": "task", "name": "iterate", "seconds": time.monotonic() - begun, "starting": 0.0})
-        if todo.step == todo.total:
+        failed = settle(config.promotion, run)
+        if failed is not None or todo.step == todo.total:
             end_progress(run)
+        if failed is not None:
+            print(end_of_loop(failed))
+            standing = standing_checkpoint(run)
+            return replace(standing, uri=run.uri_of(Path(standing.uri))), False
         checkpoint = newest_checkpoint(run.checkpoints)
         if checkpoint is None or checkpoint.step != todo.step:
             raise CheckpointError(
@@ -98,7 +104,7 @@ def _todo(config: Config, run: RunFolder) -> _Todo:
     newest, total = newest_checkpoint(run.checkpoints), total_steps(config, run.path)
     done = newest.step if newest else 0
     origin = _unfinished(config, run, done, None) if done else None
-    step = done if origin or done == total else done + 1
+    step = done if origin or done == total or run.rollback() is not None else done + 1
     if step > done:
         origin = _unfinished(config, run, step, newest.sha256 if newest else "")
     return _Todo(done, step, total, origin)

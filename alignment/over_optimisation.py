@@ -32,17 +32,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from alignment.selection import REWARD_DECIMALS
-from alignment.statistics import paired_bootstrap
+from alignment.statistics import LEAST_GAIN, LEAST_PROMPTS, paired_bootstrap, spread
 
 SHARE = 1 / 3
 """The least part of the reward's gain that the judge must gain too, both in standard deviations. Two scores
 that agree moderately (correlation 0.5) share half of a gain as long as nothing is exploited."""
 RUN_LENGTH = 3
 """Validations in a row that the rule for means looks at."""
-LEAST_PROMPTS = 8
-LEAST_GAIN = 10.0**-REWARD_DECIMALS
-"""Batching moves a score by less."""
 
 Record = Mapping[str, Any]
 
@@ -156,8 +152,6 @@ _REMEDY = (
 def _gains(base: Sequence[float], now: Sequence[float]) -> npt.NDArray[np.float64]:
     """Gain per prompt (P,) in standard deviations of the scores before; of all scores where those are equal."""
     before, after = np.asarray(base, dtype=np.float64), np.asarray(now, dtype=np.float64)
-    spreads = before.std(), np.concatenate([before, after]).std()
-    scale = next((spread for spread in spreads if spread >= LEAST_GAIN), 1.0)
     gains = after - before
     gains[np.abs(gains) < LEAST_GAIN] = 0.0
-    return gains / scale
+    return gains / spread(before, np.concatenate([before, after]))

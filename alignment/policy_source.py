@@ -105,7 +105,7 @@ def _in_folder(name: str, root: str, key: str) -> PolicySource | None:
             run = RunFolder(path.resolve())
             if (run.path / "examples").is_dir():
                 return _fine_tuned(run, f"{key} ({name})")
-            checkpoint = best_checkpoint(run.checkpoints, run.validations())
+            checkpoint = best_checkpoint(run.checkpoints, run.validations(), run.failed_step())
             if checkpoint is None:
                 raise CheckpointError(f"{key} ({name}): {run.path} has no finished checkpoint: resume that run")
             return _of_a_run(checkpoint)
@@ -151,7 +151,7 @@ def _of_a_run_in_s3(uri: str, folder: Path, storage: RunSection) -> PolicySource
 def _best_name(run: str, what: str) -> str:
     """The name of the best checkpoint by validation of a run under s3://, else of its newest."""
     from alignment.s3_objects import list_objects, read_bytes
-    from models.checkpoints import kept_folders
+    from models.checkpoints import before, kept_folders
 
     objects = [stored.uri.removeprefix(f"{run}/checkpoints/") for stored in list_objects(f"{run}/checkpoints/")]
     names = sorted(name.removesuffix("/DONE") for name in objects if name.endswith("/DONE"))
@@ -160,8 +160,9 @@ def _best_name(run: str, what: str) -> str:
     with tempfile.TemporaryDirectory() as place:
         metrics = read_bytes(f"{run}/metrics.jsonl")
         (Path(place) / "metrics.jsonl").write_bytes(metrics[0] if metrics else b"")
-        validations = RunFolder(Path(place)).validations()
-    folders = [Path(name) for name in names]
+        copy = RunFolder(Path(place))
+        validations, failed = copy.validations(), copy.failed_step()
+    folders = before([Path(name) for name in names], failed) or [Path(name) for name in names]
     best = kept_folders(folders, keep_last=1, keep_best=1, validations=validations) - {folders[-1]}
     newest_is_best = kept_folders(folders[-1:], keep_last=1, keep_best=1, validations=validations)
     return (best or newest_is_best).pop().name

@@ -13,6 +13,7 @@ from alignment.atomic_files import write_text
 from alignment.errors import DataError
 from alignment.over_optimisation import alarms
 from alignment.progress import duration
+from alignment.promotion import sentence
 from alignment.run_folder import RunFolder, write_json
 from alignment.triton_metrics import FIELDS
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
@@ -68,12 +69,14 @@ def build_report(
     total_seconds: float,
     setup_seconds: float,
     ensemble: Mapping[str, Any] | None = None,
+    promotion: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of report.json, from the records of metrics.jsonl and the evaluation of `checkpoint` against `base`.
 
     A step's `seconds.validation` is that of the validation after it, 0.0 without one. In `seconds`, the
     overhead is what is left of the total after setup, the phases, all validations and `evaluation.seconds`
-    (taken as 0 where absent): starts of workers, loading, saving. `ensemble` says which other models scored.
+    (taken as 0 where absent): starts of workers, loading, saving. `ensemble` says which other models scored,
+    `promotion` is what the gate says of a run's policy.
 
     Raises DataError for a record or an evaluation that lacks a key, or for a step recorded twice.
     """
@@ -98,6 +101,7 @@ def build_report(
         "alarms": [asdict(alarm) for alarm in alarms(metrics)],
         "validation": [{key: _take(r, key, _name(r)) for key in VALIDATION_KEYS} | _by_model(r) for r in validations],
         "evaluation": dict(evaluation),
+        **({"promotion": dict(promotion)} if promotion else {}),
         "reward_model": {key: getattr(reward_model, key) for key in ("name", "version", "digest", "accuracy")},
         "judge": {"name": judge.name, "accuracy": judge.accuracy},
         **({"reward_ensemble": dict(ensemble)} if ensemble else {}),
@@ -113,8 +117,8 @@ def write_report(run_folder: RunFolder, report: Mapping[str, Any], samples: Sequ
 
     config = run_folder.config.read_text() if run_folder.config.exists() else ""
     page = render_page(report, verdict(report), samples, config)
-    write_json(run_folder.report_json, report)
     write_text(run_folder.report_html, page)
+    write_json(run_folder.report_json, report)  # last: it says that the report is whole
     return run_folder.report_html
 
 
@@ -124,7 +128,15 @@ def outcome(report: Mapping[str, Any]) -> str:
 
 
 def verdict(report: Mapping[str, Any]) -> str:
-    """The result in one or two sentences: what the reward says, and whether the judge confirms it."""
+    """The result in a few sentences: promoted or not, what the reward says, and whether the judge confirms it."""
+    if "promotion" not in report:
+        return _result(report)
+    back = report["promotion"]["rolled_back"]
+    ended = f" The loop ended early: {back['reason']}." if back else ""
+    return f"{sentence(report['promotion'])} {_result(report)}{ended}"
+
+
+def _result(report: Mapping[str, Any]) -> str:
     e = report["evaluation"]
     reward, judge = (_side(e[f"{name}_ci95"]) for name in ("win_rate", "judge_win_rate"))
     rate = f"{e['win_rate']:.0%} of {e['prompts']} held-out prompts, {_percent_interval(e['win_rate_ci95'])}"
@@ -142,7 +154,7 @@ def verdict(report: Mapping[str, Any]) -> str:
 
 
 def summary(report: Mapping[str, Any], page: str) -> str:
-    """At most 14 lines for the terminal, and one for each shadow; `page` is where report.html lies."""
+    """At most 15 lines for the terminal, and one for each shadow; `page` is where report.html lies."""
     e, seconds = report["evaluation"], report["seconds"]
     best = e["best_of_n"]
     lines = [f"run {report['run_id']}: {verdict(report)}"]
@@ -181,7 +193,8 @@ def summary(report: Mapping[str, Any], page: str) -> str:
     parts = ", ".join(f"{name} {duration(value)}" for name, value in phases.items())
     lines.append(f"  time       {duration(seconds['total'])}: {parts}")
     lines.append(f"  checkpoint {report['checkpoint']['uri']}")
-    return "\n".join([*lines, f"  report     {page}"])
+    gate = [sentence(report["promotion"])] if "promotion" in report else []
+    return "\n".join([*lines, f"  report     {page}", *gate])
 
 
 def _step(record: Mapping[str, Any], validation_seconds: Mapping[int, float]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from alignment.config import Config
 from alignment.ensemble import Ensemble
-from alignment.errors import RewardError
+from alignment.errors import RewardError, TrainingError
 from alignment.lifeline import Stop, StopRequested
 from alignment.preparation import PromptSets
 from alignment.records import step_record, validation_record
@@ -32,6 +32,14 @@ class Interrupted(Exception):
     """A rank was asked to stop, or kept from scoring, while no weights were being changed."""
 
 
+class Diverged(Exception):
+    """The update's loss or gradient is not finite, which all ranks see alike: they are those of all ranks together."""
+
+    def __init__(self, error: TrainingError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 @dataclass(frozen=True, slots=True)
 class Session:
     """What a colocated worker holds besides the trainer: prompts, scorers, where events go and whether to stop.
@@ -53,7 +61,7 @@ class Session:
 def rs_step(session: Session, step: int) -> None:
     """RS step `step` (from 1): writes its rollouts and metrics, and leaves the policy updated.
 
-    Raises Interrupted on all ranks, before the update, where one of them has to stop.
+    Raises Interrupted on all ranks, before the update, where one of them has to stop, and Diverged.
     """
     trainer = session.trainer
     prompts = step_prompts(trainer.config, session.prompts.train, step)
@@ -67,7 +75,10 @@ def rs_step(session: Session, step: int) -> None:
     selected = [r for r, d in zip(scored, decisions, strict=True) if d.selected]
     begun = time.monotonic()
     session.emit({"kind": "phase", "step": step, "phase": "update", "done": 0, "total": len(selected)})
-    result = train_step(trainer, selected, step)
+    try:
+        result = train_step(trainer, selected, step)
+    except TrainingError as error:
+        raise Diverged(error) from error
     seconds["update"] = time.monotonic() - begun
     if trainer.is_writer:
         # Nobody has asked the server for anything since the step was scored.

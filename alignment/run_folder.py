@@ -89,7 +89,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON record per line; its "kind" is "step", "validation" or "task"."""
+        """One JSON record per line; its "kind" is "step", "validation", "task" or "rollback"."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -192,12 +192,22 @@ class RunFolder:
             write_atomically(self.metrics, lambda file: file.write(text.encode()))
 
     def validations(self) -> dict[int, float]:
-        """Mean reward of each validation by RS step; 0 is the base's."""
+        """Mean reward of each validation by RS step; 0 is the base's. Those of steps that failed badly are left out."""
+        failed = self.failed_step()
         return {
             r["step"]: r["reward_mean"]
             for r in self.read_metrics()
-            if r.get("kind") == "validation" and r["reward_mean"] is not None
+            if r.get("kind") == "validation" and r["reward_mean"] is not None and (failed is None or r["step"] < failed)
         }
+
+    def rollback(self) -> dict[str, Any] | None:
+        """The record of why the run's loop ended early (see `alignment.rollback`); None where it did not."""
+        return next((r for r in self.read_metrics() if r.get("kind") == "rollback"), None)
+
+    def failed_step(self) -> int | None:
+        """The RS step that failed badly and ended the loop; None where none did."""
+        record = self.rollback()
+        return None if record is None else int(record["step"])
 
     @contextlib.contextmanager
     def lock(self, wait_s: float = 0.0) -> Iterator[None]:

@@ -114,7 +114,7 @@ def run_iteration(
     with opened(config, run_path) as run:
         own = colocated.iterate(config, run, RewardModelRef(**reward), _judge_in(run, judge))
         checkpoint = replace(own, uri=run.uri_of(Path(own.uri)))
-        return asdict(checkpoint), checkpoint.step < total_steps(config, run.path)
+        return asdict(checkpoint), run.rollback() is None and checkpoint.step < total_steps(config, run.path)
 
 
 def _judge_in(run: RunFolder, judge: dict[str, Any]) -> JudgeRef:
@@ -125,13 +125,20 @@ def _judge_in(run: RunFolder, judge: dict[str, Any]) -> JudgeRef:
 def run_evaluation(
     config: Config, run_path: str, reward: dict[str, Any], judge: dict[str, Any], started: float
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Evaluate and report; returns the report and a reference to the evaluated checkpoint."""
+    """Evaluate and report, register what the run leaves, and give it its alias where it is promoted.
+
+    Returns the report and a reference to the evaluated checkpoint.
+    """
     from alignment.evaluation_stage import evaluate
+    from models.promotions import promote_once
     from models.registry import register_result
 
     with opened(config, run_path, all_kept=True) as run:
         report, checkpoint = evaluate(config, run, RewardModelRef(**reward), _judge_in(run, judge), started)
-    register_result(config, run_path, reward, checkpoint)
+    entry = register_result(config, run_path, reward, checkpoint)
+    alias = report["promotion"]["alias"]
+    if alias is not None:
+        print(promote_once(config.run.root, entry, alias, report["run_id"]))
     return report, asdict(checkpoint)
 
 

@@ -7,7 +7,7 @@ model; `n` and `P` are the responses per prompt and the prompts.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +22,10 @@ DRAWS = 10_000
 """Resamples of a bootstrap interval."""
 BLOCK = 1 << 20
 """Values resampled at a time: bounds the memory of a bootstrap to some 16 MB whatever the number of prompts."""
+LEAST_GAIN = 10.0**-REWARD_DECIMALS
+"""Batching moves a score by less."""
+LEAST_PROMPTS = 8
+"""Fewer say too little about the rest for a bootstrap's interval to be one."""
 
 
 class Estimate(NamedTuple):
@@ -38,20 +42,35 @@ def paired_bootstrap(values: Floats, *, draws: int = DRAWS, seed: int = 0) -> tu
     width. Raises DataError where there is no value, or one that is not finite.
     """
     array = _vector(values, "values")
-    rng = np.random.default_rng(seed)
-    rows = max(1, BLOCK // len(array))
-    means = np.empty(draws)
-    for start in range(0, draws, rows):
-        count = min(rows, draws - start)
-        means[start : start + count] = array[rng.integers(0, len(array), size=(count, len(array)))].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+    return _middle(np.concatenate([array[drawn].mean(axis=1) for drawn in _resamples(len(array), draws, seed)]))
 
 
 def mean_difference(aligned: Floats, base: Floats, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
     """Mean of aligned − base over prompts, both (P,), with its paired interval. Raises DataError."""
     difference = _paired(aligned, base)
     return Estimate(float(difference.mean()), paired_bootstrap(difference, draws=draws, seed=seed))
+
+
+def ratio_of_means(aligned: Floats, base: Floats, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
+    """Mean of `aligned` over mean of `base`, both (P,), with its paired interval. Raises DataError.
+
+    Prompts are resampled with both of their values; those of the base must be above 0.
+    """
+    a, b = _vector(aligned, "aligned"), _vector(base, "base")
+    _same_length(a, b)
+    if (b <= 0).any():
+        raise DataError(f"a ratio is over values above 0, and base[{int(np.flatnonzero(b <= 0)[0])}] is not")
+    drawn = _resamples(len(a), draws, seed)
+    return Estimate(float(a.mean() / b.mean()), _middle(np.concatenate([a[i].sum(1) / b[i].sum(1) for i in drawn])))
+
+
+def spread(*groups: Floats) -> float:
+    """The standard deviation of the first of these sets of scores whose scores differ; 1.0 where none do.
+
+    Batching moves a score in its last bits, so that below LEAST_GAIN they are equal.
+    """
+    found = (float(_vector(group, "scores").std()) for group in groups)
+    return next((deviation for deviation in found if deviation >= LEAST_GAIN), 1.0)
 
 
 def win_rate(aligned: Floats, base: Floats, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
@@ -109,6 +128,20 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     """
     grams = [tuple(words[i : i + n]) for words in (text.split() for text in texts) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _resamples(size: int, draws: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Indices of `draws` resamples of `size` prompts, in blocks (rows, size)."""
+    rng = np.random.default_rng(seed)
+    rows = max(1, BLOCK // size)
+    for start in range(0, draws, rows):
+        yield rng.integers(0, size, size=(min(rows, draws - start), size))
+
+
+def _middle(resampled: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """The ends of the middle 95 % of resampled values."""
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _paired(aligned: Floats, base: Floats) -> npt.NDArray[np.float64]:

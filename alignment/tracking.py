@@ -85,6 +85,8 @@ class Tracker:
         """Puts the report's result into the W&B run's summary, as `evaluation/win_rate` and so on."""
         keys = ("evaluation", "reward_model", "judge", "seconds", "checkpoint")
         values = {k: v for key in keys for k, v in _flat(key, report[key])}
+        if "promotion" in report:
+            values["promotion/verdict"] = report["promotion"]["verdict"]
         self._guarded(lambda run: run.summary.update(values))
 
     def _log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:

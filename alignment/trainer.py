@@ -198,7 +198,7 @@ def save_checkpoint(trainer: Trainer, step: int) -> Checkpoint | None:
             )
             keep_manifests(run)
             kept = {"keep_last": loop.keep_last, "keep_best": loop.keep_best}
-            prune(run.checkpoints, **kept, validations=run.validations())
+            prune(run.checkpoints, **kept, validations=run.validations(), failed=run.failed_step())
     trainer.barrier()
     return checkpoint
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.config import parse_config
-from alignment.errors import CheckpointError
+from alignment.errors import CheckpointError, TrainingError
 from alignment.lifeline import end_with_stdin
 from alignment.phase_parts import scored_rollout
 from alignment.run_folder import RunFolder
@@ -46,9 +46,13 @@ def main() -> None:
 
 
 def _train(trainer: "Trainer", step: int, scoring: Mapping[str, Any]) -> None:
-    """The update, its record and its checkpoint. The record comes first, so that no checkpoint is without one."""
+    """The update, its record and its checkpoint. The record comes first, so that no checkpoint is without one.
+
+    An update whose numbers are not finite leaves neither, but a rollback, where there is a checkpoint to go back to.
+    """
     from alignment.provenance import forget_manifests
     from alignment.records import step_record
+    from alignment.rollback import settle, settle_diverged
     from alignment.trainer import save_checkpoint, train_step
     from models.checkpoints import sweep
     from models.judge import load_judge
@@ -56,7 +60,15 @@ def _train(trainer: "Trainer", step: int, scoring: Mapping[str, Any]) -> None:
     scored = [scored_rollout(r) for r in scoring["scored"]]
     decisions = [Decision(**d) for d in scoring["decisions"]]
     begun = time.monotonic()
-    result = train_step(trainer, [r for r, d in zip(scored, decisions, strict=True) if d.selected], step)
+    try:
+        result = train_step(trainer, [r for r, d in zip(scored, decisions, strict=True) if d.selected], step)
+    except TrainingError as error:
+        if not trainer.start:
+            raise
+        if trainer.is_writer:
+            trainer.run.truncate_metrics(step - 1)
+            settle_diverged(trainer.run, step, error)
+        return
     if trainer.is_writer:
         if trainer.lost_moments:
             emit({"kind": "note", "text": trainer.lost_moments})
@@ -74,6 +86,7 @@ def _train(trainer: "Trainer", step: int, scoring: Mapping[str, Any]) -> None:
             lost_prompts=scoring["lost_prompts"],
         )
         trainer.run.append_metrics(record)
+        settle(trainer.config.promotion, trainer.run)
     save_checkpoint(trainer, step)
 
 

@@ -102,11 +102,12 @@ def work(config: Config, run: RunFolder, options: argparse.Namespace, stop: Stop
 
 
 def run_iteration(session: "Session", until: int) -> None:
-    """RS steps start + 1 … until with their validations and checkpoints.
+    """RS steps start + 1 … until with their validations and checkpoints; none after one that failed badly.
 
     Asked to stop, or without a reward server, it saves what the last finished step left before it ends.
     """
-    from alignment.rs_step import Interrupted, rs_step, validate
+    from alignment.rollback import settle_diverged
+    from alignment.rs_step import Diverged, Interrupted, rs_step, validate
     from alignment.trainer import save_checkpoint
 
     trainer, config = session.trainer, session.trainer.config
@@ -115,12 +116,16 @@ def run_iteration(session: "Session", until: int) -> None:
     try:
         if config.validates(trained, trainer.total_steps) and not trainer.validated:
             _record(session, validate(session, trained))  # the base's, or one that was interrupted
-        for step in range(trained + 1, until + 1):
+        failed = _failed(session)
+        while trained < until and not failed:
+            step = trained + 1
             rs_step(session, step)
             trained = step
-            if config.validates(step, trainer.total_steps):
+            failed = _failed(session)
+            if config.validates(step, trainer.total_steps) and not failed:
                 _record(session, validate(session, step))
-            if step % config.loop.save_interval == 0 or step == until:
+                failed = _failed(session)
+            if step % config.loop.save_interval == 0 or step == until or failed:
                 begun = time.monotonic()
                 save_checkpoint(trainer, step)
                 saved = step
@@ -131,6 +136,19 @@ def run_iteration(session: "Session", until: int) -> None:
         if isinstance(interrupted.__cause__, AlignmentError):
             raise interrupted.__cause__ from None
         session.emit({"kind": "stopped", "step": trained, "reason": str(interrupted)})
+    except Diverged as diverged:
+        if not saved:  # there is nothing to go back to
+            raise diverged.error from None
+        if trainer.is_writer:
+            settle_diverged(trainer.run, trained + 1, diverged.error)
+
+
+def _failed(session: "Session") -> bool:
+    """Whether the newest RS step failed badly, so that the loop is over; the same on all ranks."""
+    from alignment.rollback import settle
+
+    trainer = session.trainer
+    return trainer.any(trainer.is_writer and settle(trainer.config.promotion, trainer.run) is not None)
 
 
 def _go_on(session: "Session") -> None:

@@ -136,6 +136,7 @@ def kept_by(config: Config, run: RunFolder) -> Names:
             keep_last=config.loop.keep_last,
             keep_best=config.loop.keep_best,
             validations=run.validations(),
+            failed=run.failed_step(),
         )
         return {folder.name for folder in folders}
 

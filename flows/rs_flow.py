@@ -18,8 +18,8 @@ class RSFlow(FlowSpec):
 
     start         check the config, lay out the run folder, split the prompts
     reward_model  train the reward model and the judge, export the former to a Triton repository
-    iterate       rollouts, scoring, selection, update, validation: RS steps until the run has them all
-    evaluate      the best checkpoint against the base, on prompts that nothing has seen
+    iterate       rollouts, scoring, selection, update, validation: RS steps until all are done or one fails badly
+    evaluate      the best checkpoint against the base, on prompts that nothing has seen; promoted or not
     end           say how it went
 
     The first run's id names runs/<run id>/ for good: a resume appends there.

@@ -175,14 +175,23 @@ def last_checkpoint(checkpoints: Path) -> Checkpoint | None:
     return _verified(folders[-1], folders) if folders else None
 
 
-def best_checkpoint(checkpoints: Path, validations: Mapping[int, float]) -> Checkpoint | None:
+def best_checkpoint(
+    checkpoints: Path, validations: Mapping[int, float], failed: int | None = None
+) -> Checkpoint | None:
     """The checkpoint with the highest validation reward, else the newest one, verified; None where there is none.
 
-    `validations` maps RS steps to rewards.
+    `validations` maps RS steps to rewards. Checkpoints of the RS step `failed` and after it are passed over where
+    there are any before.
     """
     folders = finished(checkpoints)
-    best = _by_validation(folders, validations)
+    good = before(folders, failed)
+    best = _by_validation(good, validations) or (good[-1:] if failed is not None else [])
     return _verified(best[0], folders) if best else last_checkpoint(checkpoints)
+
+
+def before(folders: Sequence[Path], failed: int | None) -> list[Path]:
+    """Those of checkpoint folders, oldest first, that are of RS steps before `failed`; all where none failed."""
+    return [f for f in folders if failed is None or f.name < checkpoint_folder(f.parent, failed).name]
 
 
 def _verified(folder: Path, folders: Sequence[Path]) -> Checkpoint:
@@ -221,15 +230,20 @@ def newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
 
 
 def prune(
-    checkpoints: Path, *, keep_last: int, keep_best: int, validations: Mapping[int, float] | None = None
+    checkpoints: Path,
+    *,
+    keep_last: int,
+    keep_best: int,
+    validations: Mapping[int, float] | None = None,
+    failed: int | None = None,
 ) -> list[Path]:
     """Remove all but the newest `keep_last` and the `keep_best` best by validation; returns what was removed.
 
-    `validations` maps RS steps to rewards. Nothing is removed before the newest one has been verified: raises
-    CheckpointError where it is not whole.
+    `validations` maps RS steps to rewards; `failed` as in `kept_folders`. Nothing is removed before the newest one has
+    been verified: raises CheckpointError where it is not whole.
     """
     folders = finished(checkpoints)
-    kept = kept_folders(folders, keep_last=keep_last, keep_best=keep_best, validations=validations)
+    kept = kept_folders(folders, keep_last=keep_last, keep_best=keep_best, validations=validations, failed=failed)
     doomed = [folder for folder in folders if folder not in kept]
     if doomed:
         verify(folders[-1])
@@ -240,10 +254,19 @@ def prune(
 
 
 def kept_folders(
-    folders: Sequence[Path], *, keep_last: int, keep_best: int, validations: Mapping[int, float] | None = None
+    folders: Sequence[Path],
+    *,
+    keep_last: int,
+    keep_best: int,
+    validations: Mapping[int, float] | None = None,
+    failed: int | None = None,
 ) -> set[Path]:
-    """Of checkpoint folders, oldest first, those that `prune` keeps; their names are all that is looked at."""
-    return {*folders[-keep_last:], *_by_validation(folders, validations or {})[:keep_best]}
+    """Of checkpoint folders, oldest first, those that `prune` keeps; their names are all that is looked at.
+
+    What the RS step `failed` left is kept beside what the run would keep without it.
+    """
+    good = before(folders, failed)
+    return {*good[-keep_last:], *_by_validation(good, validations or {})[:keep_best], *folders[len(good) :]}
 
 
 def sweep(checkpoints: Path) -> None:

@@ -2,16 +2,18 @@
 
     python -m models.registry list
     python -m models.registry show policy@promoted
-    python -m models.registry promote policy:3
+    python -m models.registry promote policy:3                    --alias NAME for another than promoted
     python -m models.registry fetch policy@promoted --to DIR      a Hugging Face folder
     python -m models.registry fetch reward_model --to DIR         for python -m infra.triton --repository DIR
 
     <root>/registry/<name>/<version>.json       an entry, written once: kind, where the model lies, its digest, lineage
     <root>/registry/<name>/aliases/<alias>      the version that an alias means
+    <root>/registry/<name>/promotions/<run>     what a run has moved an alias to, and from (models/promotions.py)
 
 Every finished run of flows/rs_flow.py registers the policy that it evaluated, as `policy`, and the reward model that
 it scored with, by its name. Nothing is copied: an entry says where a model lies, in a folder or under s3://. Without a
-version `latest` is meant, the newest; `promoted` is whatever was promoted last.
+version `latest` is meant, the newest; `promoted` is whatever was promoted last, by hand or by a run with
+`promotion.alias=promoted` whose policy passed its gate.
 `--set policy.model=registry:NAME@ALIAS` aligns what is registered.
 """
 
@@ -83,8 +85,10 @@ def register(
             version += 1
 
 
-def register_result(config: "Config", run_path: str, reward: Mapping[str, Any], checkpoint: "Checkpoint") -> None:
-    """What a finished run leaves: the evaluated policy, and the reward model unless an external server has it."""
+def register_result(config: "Config", run_path: str, reward: Mapping[str, Any], checkpoint: "Checkpoint") -> Entry:
+    """What a finished run leaves: the evaluated policy, whose entry is returned, and the reward model unless an
+    external server has it.
+    """
     run_id, root = run_path.rstrip("/").rpartition("/")[2], config.run.root
     named = {key: reward[key] for key in ("name", "version", "digest")}
     lineage = {"run": run_path, "step": checkpoint.step, "base": config.policy.model, "reward_model": named}
@@ -94,6 +98,7 @@ def register_result(config: "Config", run_path: str, reward: Mapping[str, Any], 
         lineage = {"run": run_path, "base": config.reward.model, "accuracy": reward["accuracy"]}
         found.append(register(root, reward["name"], "reward_model", uri, reward["digest"], run_id, **lineage))
     print("registered " + " and ".join(f"{entry.name}:{entry.version}" for entry in found))
+    return found[0]
 
 
 def names(root: str) -> list[str]:
@@ -124,8 +129,9 @@ def entries(root: str, name: str) -> list[Entry]:
 def aliases(root: str, name: str) -> dict[str, int]:
     """The version that each alias of a name means."""
     known = versions(root, name)
-    promoted, _ = read_alias(place_of(root, name, "aliases", PROMOTED))
-    return ({LATEST: known[-1]} if known else {}) | ({PROMOTED: promoted} if promoted else {})
+    matches = (re.fullmatch(rf"{re.escape(name)}/aliases/([a-z]+)", path) for path in sorted(list_names(root)))
+    given = {match[1]: read_alias(place_of(root, name, "aliases", match[1]))[0] for match in matches if match}
+    return ({LATEST: known[-1]} if known else {}) | {alias: version for alias, version in given.items() if version}
 
 
 def find(root: str, text: str, *, key: str = "NAME") -> Entry:
@@ -161,13 +167,15 @@ def located(root: str, value: str, *, key: str) -> str:
     return entry.uri
 
 
-def promote(root: str, text: str) -> tuple[Entry, int | None]:
-    """Let `promoted` mean NAME:VERSION; returns its entry and the version that it meant before.
+def promote(root: str, text: str, alias: str = PROMOTED) -> tuple[Entry, int | None]:
+    """Let `alias` mean NAME:VERSION; returns its entry and the version that it meant before.
 
-    Raises StorageConflict where another one promotes at the same time.
+    Raises ConfigError, StorageConflict where another one promotes at the same time.
     """
+    if not re.fullmatch("[a-z]+", alias) or alias == LATEST:
+        raise ConfigError(f"--alias ({alias}): lower-case letters, and not {LATEST}, which is the newest version")
     entry = find(root, text)
-    place = place_of(root, entry.name, "aliases", PROMOTED)
+    place = place_of(root, entry.name, "aliases", alias)
     before, token = read_alias(place)
     if before != entry.version:
         move_alias(place, entry.version, token)
@@ -242,9 +250,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.command == "show":
             print(json.dumps(asdict(find(options.root, options.name)), indent=2))
         elif options.command == "promote":
-            entry, before = promote(options.root, options.name)
+            entry, before = promote(options.root, options.name, options.alias)
             was = f", before {entry.name}:{before}" if before else ""
-            print(f"{entry.name}@{PROMOTED} is {entry.name}:{entry.version}{was}")
+            print(f"{entry.name}@{options.alias} is {entry.name}:{entry.version}{was}")
         else:
             entry = fetch(options.root, options.name, Path(options.to).absolute())
             print(f"{entry.name}:{entry.version} is in {options.to}, sha256 {entry.sha256[:12]} as registered")
@@ -264,11 +272,13 @@ def _parser() -> argparse.ArgumentParser:
     meant = "NAME, NAME:VERSION or NAME@ALIAS"
     for command, text in (
         ("show", "an entry, JSON"),
-        ("promote", "let NAME@promoted mean a version"),
+        ("promote", "let an alias mean a version"),
         ("fetch", "copy a model, verified by its digest"),
     ):
         sub = commands.add_parser(command, help=text)
         sub.add_argument("name", help=meant)
+        if command == "promote":
+            sub.add_argument("--alias", default=PROMOTED, help="lower-case letters")
         if command == "fetch":
             sub.add_argument("--to", required=True, help="folder that is not there yet")
     return parser

@@ -173,6 +173,17 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
     assert [p.name for p in cp.prune(tmp_path, keep_last=1, keep_best=1, validations=validations)] == ["step-000004"]
 
 
+def test_what_a_failed_step_left_is_kept_and_is_nobody_s_best(tmp_path):
+    for step in range(1, 5):
+        write(tmp_path, step)
+    validations = {1: 0.9, 2: 0.1, 4: 5.0}
+    best = [cp.best_checkpoint(tmp_path, validations, failed).step for failed in (None, 4, 1)]
+    assert best == [4, 1, 4]  # before the first step there is none
+    assert cp.best_checkpoint(tmp_path, {}, 4).step == 3  # where nothing was validated, the newest
+    removed = cp.prune(tmp_path, keep_last=1, keep_best=1, validations=validations, failed=4)
+    assert [p.name for p in removed] == ["step-000002"]  # 1 is the best, 3 the newest before, 4 what failed
+
+
 def test_nothing_is_pruned_before_the_newest_is_known_to_be_whole(tmp_path):
     for step in (1, 2, 3):
         folder = write(tmp_path, step)

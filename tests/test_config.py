@@ -11,6 +11,7 @@ import pytest
 import config_effects as see
 import kubernetes_effects as pods
 import phase_effects as phases
+import promotion_effects as promotion
 import sft_effects as sft
 import slurm_effects as slurm
 from alignment.config import Config, apply_overrides, load_config, parse_config, validate_config
@@ -337,6 +338,15 @@ def test_each_bad_value_is_one_line_with_key_value_and_remedy() -> None:
             "first or raise the second",
         ),
         (
+            ["promotion.max_kl_per_token=0.5"],
+            "promotion.max_kl_per_token (0.5) reads the KL that the update measures where training.kl_penalty (0) is "
+            "above 0: set the latter, or leave the former null",
+        ),
+        (
+            ["promotion.alias=latest"],
+            "promotion.alias (latest) means the newest version, promoted or not: name another, `promoted` say",
+        ),
+        (
             ["reward.url=localhost"],
             "reward.url (localhost) must be host:port of Triton's gRPC endpoint, or env:NAME of an environment "
             "variable that holds it",
@@ -419,6 +429,7 @@ def test_every_field_is_explained() -> None:
             "config",
             "config_kubernetes",
             "config_phases",
+            "config_promotion",
             "config_sections",
             "config_slurm",
             "config_training",
@@ -668,6 +679,14 @@ EFFECTS = {
     "evaluation.base": Effect("{root}/policy", see.evaluated, also=RUN),
     "evaluation.lm_eval_tasks": Effect(["colours"], see.harness_asked, [(("colours",), None)] * 2),
     "evaluation.lm_eval_limit": Effect(5, see.harness_asked, [(("colours",), 5)] * 2, TASKS),
+    "promotion.min_reward_gain": Effect(0.5, promotion.passed("reward_gain"), False),
+    "promotion.max_judge_fall": Effect(0.25, promotion.passed("judge_gain"), False),
+    "promotion.max_length_ratio": Effect(1.1, promotion.passed("response_length"), False),
+    "promotion.max_kl": Effect(0.2, promotion.passed("kl_to_base"), False),
+    "promotion.min_distinct_ratio": Effect(0.8, promotion.passed("distinct_2"), False),
+    "promotion.max_validation_fall": Effect(2.0, promotion.failing_step, None),
+    "promotion.max_kl_per_token": Effect(0.2, promotion.failing_step, 1, ("training.kl_penalty=0.1",)),
+    "promotion.alias": Effect("stable", promotion.aliases, {"latest": 1, "stable": 1}),
     "resources.gpu": Effect(8, see.cluster_request, ("8", "1.0", "8000.0M"), MEMORY),
     "resources.cpu": Effect(3, see.cluster_request, ("0", "3.0", "8000.0M"), MEMORY),
     "resources.memory": Effect(12345, see.cluster_request, ("0", "1.0", "12345.0M"), MEMORY),

@@ -17,6 +17,7 @@ from alignment.run_folder import RunFolder
 from alignment.types import Checkpoint
 from flow_runs import ROOT, SMOKE
 from models.checkpoints import folder_digest
+from models.promotions import promote_once
 from models.registry import aliases, entries, fetch, find, located, main, names, promote, register, register_result
 from models.registry_store import move_alias, place_of, read_alias
 from s3_servers import new_bucket, use
@@ -59,6 +60,36 @@ def test_a_name_means_its_newest_version_until_one_is_asked_for(root):
         located(root, "registry:policy:9", key="policy.model")
     with pytest.raises(ConfigError, match=r"NAME \(a/b\): expected NAME, NAME:VERSION or NAME@ALIAS"):
         find(root, "a/b")
+
+
+def test_an_alias_may_have_another_name(root, capsys):
+    first, second = add(root, 1), add(root, 2)
+    promote(root, "policy:1", "stable")
+    promote(root, "policy:2")
+    assert aliases(root, "policy") == {"latest": 2, "promoted": 2, "stable": 1}
+    assert (find(root, "policy@stable"), find(root, "policy@promoted")) == (first, second)
+    assert main(["--root", root, "promote", "policy:2", "--alias", "stable"]) == 0
+    assert capsys.readouterr().out == "policy@stable is policy:2, before policy:1\n"
+    for alias in ("latest", "Stable"):
+        with pytest.raises(ConfigError, match=rf"--alias \({alias}\): lower-case letters, and not latest"):
+            promote(root, "policy:2", alias)
+
+
+def test_a_run_promotes_its_policy_once(root, monkeypatch):
+    first, second = add(root, 1), add(root, 2)
+    for _ in range(2):  # the second time it is resumed
+        assert promote_once(root, first, "stable", "run-1") == "policy@stable is policy:1"
+    assert promote_once(root, second, "stable", "run-2") == "policy@stable is policy:2, before policy:1"
+    said = "policy@stable was moved by somebody else since this run promoted policy:1, and stays"
+    assert promote_once(root, first, "stable", "run-1").startswith(said)  # resumed once more
+    assert aliases(root, "policy") == {"latest": 2, "stable": 2} and names(root) == ["policy"]
+    # Killed between its note and the move, it moves the alias when it is resumed, unless somebody else did.
+    third = add(root, 3)
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr("models.promotions.move_alias", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        promote_once(root, third, "stable", "run-3")
+    assert aliases(root, "policy")["stable"] == 2
+    assert promote_once(root, third, "stable", "run-3") == "policy@stable is policy:3, before policy:2"
 
 
 def test_of_two_that_promote_at_once_one_is_told(root):

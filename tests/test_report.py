@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from alignment.config_promotion import PromotionSection
 from alignment.errors import DataError
+from alignment.promotion import gate
 from alignment.report import Sample, build_report, summary, verdict, write_report
 from alignment.report_page import render_page, visible
 from alignment.run_folder import create
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
+from promotion_effects import rows
 
 KEYS = {
     "": "run_id steps alarms validation evaluation reward_model judge seconds base checkpoint",
@@ -447,6 +450,36 @@ def test_several_reward_models_stand_in_the_report() -> None:
     shown = page(built)
     assert "the shadow strict/2 by +0.00" in shown.values["alarms.2.the shadow strict/2"]
     assert "Mean score of the shadow strict/2 by step" in shown.text
+
+
+def test_the_verdict_on_promotion_stands_first_and_is_the_last_line() -> None:
+    back = {"step": 3, "rule": "validation", "value": 1.5, "ci95": None, "bound": 1.0, "reason": "it fell <b>far</b>"}
+    promoted, refused = (
+        report(promotion=gate(PromotionSection(max_kl=bound), rows(), 2, back)) for bound in (None, 0.4)
+    )
+    assert "promotion" not in report() and "Promotion" not in page().text
+    assert verdict(promoted).startswith(
+        "Promoted: reward_gain, judge_gain and rollback passed. The aligned model beats"
+    )
+    assert verdict(promoted).endswith("The loop ended early: it fell <b>far</b>.")
+    said = "Not promoted: kl_to_base did not pass."
+    assert verdict(refused).startswith(f"{said} The aligned model beats")
+    lines = summary(refused, "report.html").splitlines()
+    assert lines[0].startswith(f"run 7: {said}") and lines[-1] == said and len(lines) <= 15
+    shown = page(refused)
+    assert shown.values["promotion.verdict"] == "not promoted"
+    assert shown.values["promotion.rolled_back.reason"] == "it fell <b>far</b>"
+    passed = {rule["name"]: shown.values[f"promotion.{rule['name']}"] for rule in refused["promotion"]["rules"]}
+    assert passed == {
+        "reward_gain": "yes",
+        "judge_gain": "yes",
+        "response_length": "left out",
+        "kl_to_base": "no",
+        "distinct_2": "left out",
+        "rollback": "yes",
+    }
+    assert "the 95% interval +0.500 to +0.500 is not at most 0.4 nats per response" in shown.text
+    assert not shown.open
 
 
 def test_a_run_without_steps_still_has_a_page() -> None:

@@ -14,6 +14,8 @@ from alignment.statistics import (
     distinct_n,
     mean_difference,
     paired_bootstrap,
+    ratio_of_means,
+    spread,
     win_rate,
 )
 
@@ -107,6 +109,26 @@ def test_best_of_n_beats_one_sample_as_often_as_theory_says() -> None:
     assert by_judge == pytest.approx(1 / 9, abs=0.01)  # a judge of the opposite opinion
 
 
+def test_a_ratio_s_interval_is_scipy_s_paired_one() -> None:
+    rng = np.random.default_rng(1)
+    base = rng.uniform(5, 30, size=60)
+    aligned = 1.3 * base + rng.normal(0, 4, size=60)
+    found = ratio_of_means(aligned, base)
+    theirs = stats.bootstrap(
+        (aligned, base), lambda a, b, axis: a.mean(axis) / b.mean(axis), paired=True, method="percentile", rng=0
+    ).confidence_interval
+    assert found.value == aligned.mean() / base.mean()
+    assert found.ci95 == pytest.approx((theirs.low, theirs.high), abs=0.005)
+    # A prompt draws both of its values: one ratio for all has an interval without width.
+    assert ratio_of_means(1.25 * base, base).ci95 == pytest.approx((1.25, 1.25))
+
+
+def test_the_spread_is_that_of_the_first_scores_that_differ() -> None:
+    assert spread([0.0, 2.0], [0.0, 8.0]) == 1.0
+    assert spread([1.0, 1.00001], [1.0, 7.0]) == 3.0  # batching moves a score by as much
+    assert spread([1.0, 1.0]) == 1.0
+
+
 def test_distinct_bigrams() -> None:
     # "a b c" gives ab, bc; "a b d" gives ab, bd: 3 distinct of 4
     assert distinct_n(["a b c", "a b d"]) == 0.75
@@ -123,6 +145,8 @@ def test_distinct_bigrams() -> None:
         (lambda: win_rate([1.0, 2.0], [1.0]), "got 2 and 1"),
         (lambda: mean_difference([1.0], [1.0, 2.0]), "got 1 and 2"),
         (lambda: mean_difference([1.0], [float("inf")]), r"base\[0\]"),
+        (lambda: ratio_of_means([1.0, 1.0], [1.0, 0.0]), r"values above 0, and base\[1\] is not"),
+        (lambda: ratio_of_means([1.0], [1.0, 1.0]), "got 1 and 2"),
         (lambda: best_of_n_win_rate([[1.0, 2.0]], [1.0], [[1.0]], [1.0]), "same shape"),
         (lambda: best_of_n_win_rate([[1.0, 2.0], [1.0]], [1.0], [[1.0]], [1.0]), "same number of responses"),
         (lambda: best_of_n_win_rate([[1.0, 2.0]], [1.0, 1.0], [[1.0, 1.0]], [1.0]), "got 1 and 2"),
