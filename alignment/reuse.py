@@ -25,7 +25,7 @@ from alignment.continuation import check_version, differences, find_run_named, l
 from alignment.ensemble import by_model
 from alignment.errors import ConfigError, DataError
 from alignment.preparation import NAMES, total_steps
-from alignment.run_folder import MODEL_COLUMNS, RunFolder, read_rows
+from alignment.run_folder import RunFolder, read_rows
 from alignment.types import Prompt, ScoredRollout
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ def _rollout(row: Mapping[str, Any], prompt: Prompt, prompt_ids: tuple[int, ...]
     return ScoredRollout(
         **{key: row[key] for key in ("prompt_id", "rollout_index", "response", "finish_reason", "prompt", "reward")},
         **{key: row[key] for key in ("reward_model", "reward_model_version")},
-        **{column: by_model(row, column) for column in MODEL_COLUMNS},
+        member_rewards=by_model(row, "member_rewards"),
+        shadow_rewards=by_model(row, "shadow_rewards"),
         messages=prompt.messages,
         prompt_ids=prompt_ids,
         response_ids=tuple(row["response_ids"]),

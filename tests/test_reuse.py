@@ -5,7 +5,6 @@ The worker runs in this process; the reward server's client is a stand-in that c
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from alignment.judge_stage import prepare_judge
 from alignment.launch import Gang
 from alignment.lineage import check, describe
 from alignment.report import rollouts_of_others
+from alignment.reward_selftest import PROBES
 from alignment.run_folder import RunFolder, write_json
 from alignment.selection import select
 from alignment.types import ScoredRollout
@@ -61,22 +61,29 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """The conversations that the server is asked to score; no rollouts of RS steps can be drawn."""
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The conversations that the server is asked to score, those of its self-test apart."""
     conversations: list[Any] = []
 
     class Counting(see.RewardClientStandIn):
         def score(self, given: Any) -> list[float]:
-            conversations.extend(given)
+            conversations.extend(one for one in given if one not in PROBES)
             return super().score(given)
+
+    monkeypatch.setattr(see, "RewardClientStandIn", Counting)
+    return conversations
+
+
+@pytest.fixture
+def asked(scored: list[Any], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The same, where no rollouts of RS steps can be drawn."""
 
     def validating_only(*arguments: Any, real: Any = rs_step.generate, **others: Any) -> Any:
         assert others["stream"].endswith("/validation"), others["stream"]
         return real(*arguments, **others)
 
-    monkeypatch.setattr(see, "RewardClientStandIn", Counting)
     monkeypatch.setattr(rs_step, "generate", validating_only)
-    yield conversations
+    return scored
 
 
 def chosen(run: RunFolder, step: int) -> list[tuple[Any, ...]]:
@@ -125,24 +132,24 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(bench: Bench, aske
     assert see.run_iteration(config, run, until=2).weights == whole.weights
 
 
-def test_two_ranks_worth_of_files_tell_where_the_rollouts_are_from(bench: Bench, asked: list[Any]) -> None:
+def test_manifests_tell_whose_rollouts_they_were(bench: Bench, asked: list[Any]) -> None:
     run = see.run_iteration(bench.reusing("selection.strategy=random_per_prompt")).trainer.run
     manifest = json.loads((run.lineage / "step-000002.json").read_text())
     assert manifest["reused_rollouts"]["run"] == str(bench.source.path)
     assert list(manifest["reused_rollouts"]["files"]) == ["step-000002.parquet"]
     assert f"1 RS steps of rollouts of {bench.source.path} selected by random_per_prompt" in "\n".join(describe(run))
-    found = {what: right for right, what in check_all_but_the_reward_model(run)}
+    found = {what: right for right, what in checked(run)}
     assert all(found.values()) and {"reused/step-000001.parquet", "rollouts/step-000001.parquet"} <= set(found)
     run.reused_file(1).unlink()
-    assert (False, f"{run.reused_file(1)} is missing") in check_all_but_the_reward_model(run)
+    assert (False, f"{run.reused_file(1)} is missing") in checked(run)
     assert json.loads(run.config.read_text())["reuse"]["rollouts"] == str(bench.source.path)
     scorers = json.loads(run.scorers.read_text())
     assert scorers["judge"]["uri"] == str(run.path / "judge") and scorers["reward_model"]["digest"] == "d"
 
 
-def check_all_but_the_reward_model(run: RunFolder) -> list[tuple[bool, str]]:
-    """Nobody exported the stand-in's."""
-    return [(right, what) for right, what in check(run) if not what.startswith("reward model ")]
+def checked(run: RunFolder) -> list[tuple[bool, str]]:
+    """What `--verify` says but for the reward model, a stand-in that nobody exported, and the worker's URL of it."""
+    return [(right, what) for right, what in check(run) if not what.startswith(("reward model ", "config.json"))]
 
 
 def test_the_phases_take_the_same_rollouts_and_ask_nobody(bench: Bench) -> None:
@@ -251,27 +258,19 @@ def test_the_report_says_whose_rollouts_they_were() -> None:
     assert rollouts_of_others([{"step": 1}]) == ""
 
 
-def test_scores_that_a_run_kept_are_not_asked_for_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    from alignment import task
-
-    conversations: list[Any] = []
-
-    class Counting(see.RewardClientStandIn):
-        def score(self, given: Any) -> list[float]:
-            conversations.extend(given)
-            return super().score(given)
-
-    monkeypatch.setattr(see, "RewardClientStandIn", Counting)
+def test_scores_that_a_run_kept_are_not_asked_for_again(
+    bench: Bench, scored: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("alignment.reward_repository.card_of", lambda ref: {"digest": "d", "version": ref.version})
-    assert task.local_root(bench.config().run) == bench.root
     config = bench.config("reuse.scores=true")
     first = see.run_iteration(config)
-    asked_first = len(conversations)
+    answered = len(scored)
     second = see.run_iteration(config)
-    assert len(conversations) == asked_first and second.weights == first.weights == bench.weights
-    counted = [
+    assert len(scored) == answered > 0 and second.weights == first.weights == bench.weights
+    counts = [
         [r["scoring_cache"] for r in done.metrics if r["kind"] in ("step", "validation")] for done in (first, second)
     ]
-    assert sum(c["misses"] for c in counted[0]) == asked_first
-    for before, after in zip(*counted, strict=True):
+    assert sum(c["misses"] for c in counts[0]) == answered
+    for before, after in zip(*counts, strict=True):
         assert after == {"hits": before["hits"] + before["misses"], "misses": 0}
+    assert len(list((bench.root / "scores").iterdir())) == 1
