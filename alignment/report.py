@@ -158,7 +158,10 @@ def verdict(report: Mapping[str, Any]) -> str:
 
 
 def summary(report: Mapping[str, Any], page: str) -> str:
-    """At most 14 lines for the terminal, and one for each shadow; `page` is where report.html lies."""
+    """At most 14 lines for the terminal, one for each shadow, and one where another run drew the rollouts.
+
+    `page` is where report.html lies.
+    """
     e, seconds = report["evaluation"], report["seconds"]
     best = e["best_of_n"]
     lines = [f"run {report['run_id']}: {verdict(report)}"]
