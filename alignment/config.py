@@ -25,6 +25,7 @@ from alignment.config_sections import (
     PromptsSection,
     ResourcesSection,
     ResumeSection,
+    ReuseSection,
     RewardEnsembleSection,
     RewardSection,
     RolloutsSection,
@@ -51,6 +52,7 @@ class Config(Section):
     prompts: PromptsSection = PromptsSection()
     rollouts: RolloutsSection = RolloutsSection()
     selection: SelectionSection = SelectionSection()
+    reuse: ReuseSection = ReuseSection()
     reward: RewardSection = RewardSection()
     reward_ensemble: RewardEnsembleSection = RewardEnsembleSection()
     reward_training: RewardTrainingSection = RewardTrainingSection()

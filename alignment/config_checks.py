@@ -57,6 +57,7 @@ def check_config(config: "Config") -> None:
     if config.sft.max_steps is not None:
         config.sft.check_schedule(config.sft.max_steps)
     _check_engine(config)
+    _check_reuse(config)
     _check_reward_training(config)
     _check_reward_ensemble(config)
     _check_sft(config)
@@ -136,6 +137,20 @@ def _check_engine(config: "Config") -> None:
             f"rollouts.stop and rollouts.min_new_tokens ({own.min_new_tokens}) do not go together with "
             "rollouts.engine=vllm, which looks for no stop string before the least length: unset one of them, or "
             "set rollouts.engine=in_process"
+        )
+
+
+def _check_reuse(config: "Config") -> None:
+    own = config.reuse
+    if own.rollouts is not None and config.resume.from_ is not None:
+        raise ValueError(
+            f"reuse.rollouts ({own.rollouts}) begins at the base, and resume.from ({config.resume.from_}) goes on from "
+            "a checkpoint: set one of them"
+        )
+    if own.scores and config.reward.url is not None:
+        raise ValueError(
+            f"reuse.scores keeps scores by the reward model's digest, which an external server (reward.url, "
+            f"{config.reward.url}) does not tell: set it to false, or unset reward.url"
         )
 
 

@@ -75,6 +75,15 @@ class ResumeSection(Section):
     base."""
 
 
+class ReuseSection(Section):
+    rollouts: Name | None = None
+    """A run whose rollouts and scores are selected anew and trained on, RS step by RS step, without generating or
+    scoring: its id under run.root, its folder or s3:// URI; null: this run draws its own."""
+    scores: bool = False
+    """Whether scores are kept in <run.root>/scores, and a conversation that a version of a reward model has scored in
+    any run of this root is not sent to it again; under s3:// each node keeps its own."""
+
+
 class PolicySection(Section):
     model: str = "smollm2-135m"
     """`smollm2-135m` (embedded), `tiny` (random weights, for tests), a model folder (s3:// too), registry:NAME@ALIAS or

@@ -96,11 +96,11 @@ def adopt(config: Config, source: RunFolder, run: RunFolder) -> None:
     scorers = json.loads(source.scorers.read_text())
     _check_goes_on(config, source, checkpoint.step, scorers["reward_model"]["version"])
     with disk_errors(run.path):
-        for name in ("prompts", "judge", "lineage"):
-            _link_tree(source.path / name, run.path / name)
-        _link(source.path / "excluded_prompts.jsonl", run.path / "excluded_prompts.jsonl")
+        for name in ("prompts", "judge", "lineage", "reused"):
+            link_tree(source.path / name, run.path / name)
+        link(source.path / "excluded_prompts.jsonl", run.path / "excluded_prompts.jsonl")
         for step in range(1, checkpoint.step + 1):
-            _link(source.rollouts_file(step), run.rollouts_file(step))
+            link(source.rollouts_file(step), run.rollouts_file(step))
         for folder in before(finished(source.checkpoints), checkpoint.step + 1):
             _adopt_checkpoint(folder, run.checkpoints / folder.name)
     _adopt_metrics(source, run, checkpoint.step)
@@ -132,10 +132,15 @@ def _check_goes_on(config: Config, source: RunFolder, done: int, version: str) -
             f"resume.from ({source.uri}) has {done} RS steps behind it, and this run is to have {total}: "
             "raise loop.max_steps or loop.max_epochs"
         )
+    check_version(config, version, f"resume.from ({source.uri})")
+
+
+def check_version(config: Config, version: str, source: str) -> None:
+    """Raise ConfigError where the config asks for another reward model than the `version` that `source` scored with."""
     if config.reward.version not in ("", version):
         raise ConfigError(
-            f"reward.version ({config.reward.version}) is not the {version} that resume.from ({source.uri}) scored "
-            "with: unset it, or start a new run"
+            f"reward.version ({config.reward.version}) is not the {version} that {source} scored with: unset it, or "
+            "start a new run"
         )
 
 
@@ -156,18 +161,22 @@ def first_id(root: str | Path, run_id: str, resumed_id: str | None) -> str:
     return name
 
 
-def is_found(config: Config) -> bool:
-    """Whether `resume.from` names its run as `find_source` returns it, so that nothing has to be looked up."""
-    name = config.resume.from_ or ""
+def is_found(name: str | None) -> bool:
+    """Whether a run is named as `find_run_named` returns it, so that nothing has to be looked up."""
+    name = name or ""
     return (is_s3(name) or Path(name).is_absolute()) and Path(name).name != "latest"
 
 
 def find_source(config: Config) -> str | None:
-    """The run that `resume.from` names by its id under run.root, its folder or its URI; None without.
+    """The run that `resume.from` names; None without. Raises ConfigError where there is none, StorageError."""
+    return find_run_named("resume.from", config.resume.from_, config.run.root)
+
+
+def find_run_named(key: str, name: str | None, root: str) -> str | None:
+    """The run that `name`, the value of `key`, means by its id under `root`, its folder or its URI; None without.
 
     Raises ConfigError where there is none, StorageError.
     """
-    name, root = config.resume.from_, config.run.root
     if name is None:
         return None
     found = find_run(root, name)
@@ -176,7 +185,7 @@ def find_source(config: Config) -> str | None:
     for path in (*(() if is_s3(root) else (Path(root) / name,)), Path(name).expanduser()):
         if (path / "config.json").is_file():
             return str(path.resolve())
-    raise ConfigError(f"resume.from ({name}): no run of that id in {root}, and no run folder of that name")
+    raise ConfigError(f"{key} ({name}): no run of that id in {root}, and no run folder of that name")
 
 
 def _adopt_metrics(source: RunFolder, run: RunFolder, last: int) -> None:
@@ -193,17 +202,18 @@ def _adopt_checkpoint(folder: Path, place: Path) -> None:
         return
     staging = place.with_name(f".{place.name}.adopted")
     shutil.rmtree(staging, ignore_errors=True)
-    _link_tree(folder, staging)
+    link_tree(folder, staging)
     staging.rename(place)
 
 
-def _link_tree(source: Path, place: Path) -> None:
+def link_tree(source: Path, place: Path) -> None:
+    """`link` for all files of a folder, which need not be there."""
     for path in sorted(source.rglob("*")):
         if path.is_file():
-            _link(path, place / path.relative_to(source))
+            link(path, place / path.relative_to(source))
 
 
-def _link(source: Path, place: Path) -> None:
+def link(source: Path, place: Path) -> None:
     """A second name for a file that is only ever replaced, never written into; a copy on another disk."""
     place.parent.mkdir(parents=True, exist_ok=True)
     place.unlink(missing_ok=True)

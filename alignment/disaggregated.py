@@ -22,14 +22,15 @@ from alignment.config import Config, parse_config
 from alignment.errors import CheckpointError, ConfigError, WorkerError
 from alignment.launch import Gang, run_workers
 from alignment.node_gpus import take_gpu
-from alignment.phase_parts import Plain, rollout, sample, score, scored_rollout
+from alignment.phase_parts import Plain, reused, rollout, sample, score, scored_rollout
 from alignment.preparation import load_prompt_sets, total_steps
 from alignment.rollback import settle
 from alignment.rollouts import in_prompt_order
 from alignment.run_folder import RunFolder
 from alignment.stages import begin, prepare_scorers
-from alignment.step_rules import decide, step_prompts
+from alignment.step_rules import decide, step_prompts, without_rollouts
 from alignment.task import claim_devices
+from alignment.triton_metrics import FIELDS
 from alignment.types import Checkpoint, Prompt
 from alignment.workspace import opened
 
@@ -97,7 +98,12 @@ def _with_scorers(run: RunFolder, place: Place) -> Plain:
 
 
 def sample_shard(config: Config, place: Place, shard: int) -> tuple[list[Plain], float]:
-    """Rollouts of a shard's prompts of the step by the last checkpoint's policy, and the seconds it took."""
+    """Rollouts of a shard's prompts of the step by the last checkpoint's policy, and the seconds it took.
+
+    None where the step takes those of another run.
+    """
+    if config.reuse.rollouts:
+        return [], 0.0
     config = config.in_phase("rollouts")
     begun = time.monotonic()
     with opened(config, place["run_path"], writes=False) as run:
@@ -124,21 +130,30 @@ def sample_shard(config: Config, place: Place, shard: int) -> tuple[list[Plain],
 def score_shards(config: Config, place: Place, shards: Sequence[Shard | None]) -> Plain:
     """Rewards for the rollouts of all shards in the order of the step's prompts; None stands for a lost shard.
 
-    Returns `scored`, the phases' `seconds` so far, `scoring_server`'s statistics and `lost_prompts`, by id. Raises
-    WorkerError where more shards are lost than `phases.max_lost_shards` allows.
+    Another run's rollouts, where the step takes those, have their scores. Returns `scored`, the phases' `seconds` so
+    far, `scoring_server`'s statistics, what `scoring_cache` answered, and `lost_prompts`, by id. Raises WorkerError
+    where more shards are lost than `phases.max_lost_shards` allows.
     """
     begun, step = time.monotonic(), place["step"]
     found = [shard for shard in shards if shard is not None]
     with opened(config, place["run_path"], writes=False) as run:
         _check_place(run, place)
-        lost = _lost(config, run, step, shards)
         prompts = step_prompts(config, load_prompt_sets(run.path).train, step)
-        ordered = in_prompt_order([rollout(r) for rollouts, _ in found for r in rollouts], prompts)
-        scored, server = score(config.in_phase("scoring"), run, place["reward_model_ref"], ordered, step=step)
+        if config.reuse.rollouts:
+            scored = reused(config, run, prompts, step)
+            seconds = {"rollouts": time.monotonic() - begun, "scoring": 0.0}
+            server, cached, lost = dict.fromkeys(FIELDS), None, without_rollouts(prompts, scored)
+        else:
+            lost = _lost(config, run, step, shards)
+            ordered = in_prompt_order([rollout(r) for rollouts, _ in found for r in rollouts], prompts)
+            ref = place["reward_model_ref"]
+            scored, server, cached = score(config.in_phase("scoring"), run, ref, ordered, step=step)
+            seconds = {"rollouts": max(s for _, s in found), "scoring": time.monotonic() - begun}
     return {
         "scored": [asdict(r) for r in scored],
-        "seconds": {"rollouts": max(s for _, s in found), "scoring": time.monotonic() - begun},
+        "seconds": seconds,
         "scoring_server": server,
+        "scoring_cache": cached,
         "lost_prompts": lost,
     }
 
@@ -216,9 +231,10 @@ def _validate(config: Config, run: RunFolder, place: Place, step: int) -> Plain:
 
     begun = time.monotonic()
     rollouts = sample(config, run, load_prompt_sets(run.path).validation, 1, f"{config.seed}/validation")
-    scored, _ = score(config, run, place["reward_model_ref"], rollouts)
+    scored, _, cached = score(config, run, place["reward_model_ref"], rollouts)
     judge = load_judge(Path(run.local(place["judge_ref"]["uri"])))
-    record = validation_record(step, scored, judge, seconds=time.monotonic() - begun)
+    seconds = time.monotonic() - begun
+    record = validation_record(step, scored, judge, seconds, scoring_cache=cached)
     run.append_metrics(record)
     return record
 

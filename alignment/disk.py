@@ -19,6 +19,8 @@ MOMENTS, MASTER = 8, 4
 """Bytes of AdamW's two moments of a trained parameter, and of the fp32 copy that it has under ZeRO and in bf16."""
 TEXT_BYTES_PER_TOKEN = 2
 """Of a rollout's prompt and response in Parquet, compressed: some 4 characters a token."""
+BYTES_PER_TOKEN_ID = 4
+"""Of a response in Parquet, at the most."""
 
 
 def disk_needs(config: Config, run: RunFolder, total_steps: int) -> str:
@@ -30,7 +32,7 @@ def disk_needs(config: Config, run: RunFolder, total_steps: int) -> str:
     count = min(total_steps, config.loop.keep_last + config.loop.keep_best) + 1  # one more while it is written
     rollouts, tokens = config.rollouts, config.prompts.max_prompt_tokens + config.rollouts.max_new_tokens
     rows = total_steps * rollouts.num_rollout_samples * rollouts.num_rollouts_per_prompt
-    needs = one * count + rows * tokens * TEXT_BYTES_PER_TOKEN
+    needs = one * count + rows * (tokens * TEXT_BYTES_PER_TOKEN + rollouts.max_new_tokens * BYTES_PER_TOKEN_ID)
     said = (
         f"disk: up to {shown(needs)} under {run.path} ({count} checkpoints of {shown(one)}, the rest rollouts); "
         f"{_free(run)} is free"

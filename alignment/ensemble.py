@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from alignment.score_cache import ScoreCache
 from alignment.scoring import RewardClient, in_background, score_in_background, score_rollouts
 from alignment.selection import rounded
 from alignment.types import Rollout, ScoredRollout
@@ -35,6 +36,8 @@ class Ensemble:
     weights: tuple[float, ...] = (1.0,)
     combine: Combine = "weighted_sum"
     shadows: tuple[RewardClient, ...] = ()
+    caches: tuple[ScoreCache, ...] = ()
+    """The scores that each of the clients has given before, where `reuse.scores` keeps them."""
 
     @property
     def clients(self) -> tuple[RewardClient, ...]:
@@ -61,14 +64,22 @@ class Ensemble:
 
         That is the weighted sum; where members vote, it is the first member's score until `compared`.
         """
-        first, *others = self.clients
-        pending = [score_in_background(client, rollouts) for client in others]
-        scored = score_rollouts(first, rollouts)
+        caches = self.caches or (None,) * len(self.clients)
+        (first, kept), *others = zip(self.clients, caches, strict=True)
+        pending = [score_in_background(client, rollouts, cache) for client, cache in others]
+        scored = score_rollouts(first, rollouts, kept)
         if not others or not rollouts:
             return scored
         columns = [scored, *(future.result() for future in pending)]
         names = [f"{column[0].reward_model}/{column[0].reward_model_version}" for column in columns]
         return [self._summed(rewards, names) for rewards in zip(*columns, strict=True)]
+
+    def take_counts(self) -> dict[str, int] | None:
+        """`hits`, conversations that the caches knew since the last call, and `misses`; None without caches."""
+        if not self.caches:
+            return None
+        hits, misses = zip(*(cache.take_counts() for cache in self.caches), strict=True)
+        return {"hits": sum(hits), "misses": sum(misses)}
 
     def score_in_background(self, rollouts: Sequence[Rollout]) -> Future[list[ScoredRollout]]:
         """`score` while the caller generates. Raises RewardServerError once the clients are closed."""

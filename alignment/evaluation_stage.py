@@ -145,7 +145,8 @@ def _ensemble(config: Config, run: RunFolder, reward: RewardModelRef) -> dict[st
 def _measure(
     config: Config, run: RunFolder, reward: RewardModelRef, judge_ref: JudgeRef, checkpoint: Checkpoint, base_uri: str
 ) -> tuple["Samples", "Samples", list[float] | None, dict[str, Any]]:
-    """Scored samples of base and aligned policy, the aligned samples' KL to the base in nats, and harness tasks."""
+    """Scored samples of base and aligned policy, the aligned samples' KL to the base in nats, and what else is said:
+    what `reuse.scores` answered, and harness tasks."""
     import torch
 
     from alignment.evaluation import kl_to_base, same_tokens, sample_and_score
@@ -184,12 +185,14 @@ def _measure(
                 )
                 for who, policy, count in (("base", base, own.best_of_n + 1), ("aligned", aligned, 1))
             )
+            counts = ensemble.take_counts()
     kl = None
     if same_tokens(aligned, base):
         kl = kl_to_base(aligned, base, of_aligned.first(), progress.phase("measuring KL"))
     else:
         progress.note("the two have different tokenizers: there is no KL from one to the other")
-    return of_base, of_aligned, kl, _tasks(config, {"base": base, "aligned": aligned}, progress)
+    cached = {} if counts is None else {"scoring_cache": counts}
+    return of_base, of_aligned, kl, {**cached, **_tasks(config, {"base": base, "aligned": aligned}, progress)}
 
 
 def _tasks(config: Config, policies: dict[str, Any], progress: PhaseLines) -> dict[str, Any]:

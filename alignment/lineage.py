@@ -69,7 +69,8 @@ def describe(run: RunFolder) -> Iterator[str]:
     for link in links:
         steps = f"{len(link['rollouts'])} RS steps of rollouts"
         reward = f", validation reward {validations[link['step']]:.4f}" if link["step"] in validations else ""
-        what = f"weights {link['weights_sha256'][:12]}, {steps} selected by {link['selection']['strategy']}"
+        drawn = f" of {link['reused_rollouts']['run']}" if "reused_rollouts" in link else ""
+        what = f"weights {link['weights_sha256'][:12]}, {steps}{drawn} selected by {link['selection']['strategy']}"
         yield f"  step {link['step']} of run {link['run_id']}: {what}{reward}"
     base = links[-1]["parent"]
     yield f"  base {base['model']}: weights {(base.get('weights_sha256') or base.get('revision') or 'unknown')[:12]}"
@@ -145,6 +146,8 @@ def check(run: RunFolder) -> Iterator[tuple[bool, str]]:
     for link in reversed(links):
         for name, digest in link["rollouts"].items():
             yield _matches(run.rollouts / name, digest)
+        for name, digest in link.get("reused_rollouts", {}).get("files", {}).items():
+            yield _matches(run.reused / name, digest)
     yield from _check_reward_model(run, links[0], RunSection(**config["run"]))
 
 

@@ -60,8 +60,10 @@ def score(
     rollouts: Sequence[Rollout],
     *,
     step: int | None = None,
-) -> tuple[list[ScoredRollout], Plain]:
-    """The rollouts with rewards, and what the server says of its work; a local server lives as long as this call.
+) -> tuple[list[ScoredRollout], Plain, Plain | None]:
+    """The rollouts with rewards, what the server says of its work, and what `reuse.scores` answered in its place.
+
+    A local server lives as long as this call.
 
     Rollouts of RS step `step` are compared within their prompts, and take the scores that an attempt before stored.
     """
@@ -78,7 +80,17 @@ def score(
         watch.begin()
         new = iter(ensemble.score([r for r in rollouts if key(r) not in stored]))
         scored = [known(ensemble, r, stored) if key(r) in stored else next(new) for r in rollouts]
-        return scored if step is None else ensemble.compared(scored), watch.end()
+        return scored if step is None else ensemble.compared(scored), watch.end(), ensemble.take_counts()
+
+
+def reused(config: Config, run: RunFolder, prompts: Sequence[Prompt], step: int) -> list[ScoredRollout]:
+    """The scored rollouts of RS step `step`, which reads `prompts`, from the run that `reuse.rollouts` names."""
+    from alignment.policy_source import base_folder
+    from alignment.reuse import reused_rollouts
+    from models.policy import load_reader
+
+    reader = load_reader(base_folder(config), prompt_format=config.policy.prompt_format)
+    return reused_rollouts(run, prompts, reader, step)
 
 
 def rollout(values: Mapping[str, Any]) -> Rollout:

@@ -9,7 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ SOURCES = ("alignment", "models", "infra", "triton_repo", "flows")
 def provenance(run: RunFolder, config: Config, step: int, base: Mapping[str, Any]) -> dict[str, Any]:
     """What the manifest of RS step `step` says of its origin; `base` describes the policy before the first step."""
     parent = _parent(run, base)
+    steps = range(parent.get("step", 0) + 1, step + 1)
     samples = config.rollouts.num_rollout_samples
     num_prompts = _count_lines(run.prompts / "train.jsonl")
     return {
@@ -47,7 +48,8 @@ def provenance(run: RunFolder, config: Config, step: int, base: Mapping[str, Any
             "epoch": step // (num_prompts // samples),
         },
         "data": {name: sha256_file(run.prompts / name) for name in sorted(p.name for p in run.prompts.glob("*.jsonl"))},
-        "rollouts": _rollout_digests(run, first=parent.get("step", 0) + 1, last=step),
+        "rollouts": _digests(run.rollouts_file(k) for k in steps),
+        **_reused(run, config, steps),
         "metrics_sha256": metrics_digest(run, step),
         "code": code_version(),
         "packages": package_versions(),
@@ -140,8 +142,16 @@ def _named(ref: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in ref.items() if key in ("name", "version", "digest", "accuracy")}
 
 
-def _rollout_digests(run: RunFolder, *, first: int, last: int) -> dict[str, str]:
-    return {run.rollouts_file(step).name: sha256_file(run.rollouts_file(step)) for step in range(first, last + 1)}
+def _digests(files: Iterable[Path]) -> dict[str, str]:
+    return {path.name: sha256_file(path) for path in files}
+
+
+def _reused(run: RunFolder, config: Config, steps: Sequence[int]) -> dict[str, Any]:
+    """Which run's policy drew the rollouts, and its files of them, where it was another run."""
+    if config.reuse.rollouts is None:
+        return {}
+    files = _digests(run.reused_file(step) for step in steps)
+    return {"reused_rollouts": {"run": config.reuse.rollouts, "files": files}}
 
 
 def _count_lines(path: Path) -> int:

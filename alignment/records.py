@@ -21,11 +21,15 @@ def step_record(
     *,
     judge: Judge,
     scoring_server: Mapping[str, Any],
+    scoring_cache: Mapping[str, int] | None = None,
     lost_prompts: Sequence[str] = (),
+    reused_from: str | None = None,
 ) -> dict[str, Any]:
     """The RS step's line. `scoring_server` is what `triton_metrics.difference` found, or its keys with None.
 
-    `lost_prompts` are the ids of prompts whose shard was lost; the line has them where there are any.
+    The line has these where there are any: what `scoring_cache` answered (`hits`) and did not (`misses`),
+    `lost_prompts`, the ids of prompts whose shard was lost, and `reused_from`, the run that drew the rollouts, where it
+    was another one. Then no tokens were drawn here, and `tokens_per_second` is None.
     """
     judged = _judged(judge, scored)
     chosen = [i for i, d in enumerate(decisions) if d.selected]
@@ -55,14 +59,26 @@ def step_record(
         "lr": result.lr,
         "seconds": dict(seconds),
         "scoring_server": dict(scoring_server),
-        "tokens_per_second": tokens / seconds["rollouts"],
+        "tokens_per_second": None if reused_from else tokens / seconds["rollouts"],
         "prompt_ids": list(dict.fromkeys(r.prompt_id for r in scored)),
+        **_cached(scoring_cache),
         **({"lost_prompts": list(lost_prompts)} if lost_prompts else {}),
+        **({"reused_from": reused_from} if reused_from else {}),
     }
 
 
-def validation_record(step: int, scored: Sequence[ScoredRollout], judge: Judge, seconds: float) -> dict[str, Any]:
-    """The validation's line; `rewards`, `judged` and each of `shadowed` are one score per prompt, in their order."""
+def validation_record(
+    step: int,
+    scored: Sequence[ScoredRollout],
+    judge: Judge,
+    seconds: float,
+    *,
+    scoring_cache: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """The validation's line; `rewards`, `judged` and each of `shadowed` are one score per prompt, in their order.
+
+    `scoring_cache` as in `step_record`.
+    """
     rewards, judged = [r.reward for r in scored], _judged(judge, scored)
     return {
         "kind": "validation",
@@ -73,6 +89,7 @@ def validation_record(step: int, scored: Sequence[ScoredRollout], judge: Judge, 
         "rewards": rewards,
         "judged": judged,
         **_shadowed(scored),
+        **_cached(scoring_cache),
         "seconds": seconds,
     }
 
@@ -92,6 +109,10 @@ def _means_by_model(
         if names:
             found[prefix + key] = {name: mean([getattr(r, column)[name] for r in rollouts]) for name in names}
     return found
+
+
+def _cached(counts: Mapping[str, int] | None) -> dict[str, Any]:
+    return {"scoring_cache": dict(counts)} if counts is not None else {}
 
 
 def _shadowed(scored: Sequence[ScoredRollout]) -> dict[str, Any]:

@@ -23,6 +23,8 @@ STEP_KEYS = ("step", *REWARD_KEYS, "loss", "grad_norm", "lr")
 LATER_KEYS = ("judge_mean", "selected_judge_mean", "kl")
 BY_MODEL_KEYS = ("member_means", "selected_member_means", "shadow_means", "selected_shadow_means")
 """Of steps, and the first of each pair of validations, in runs in which several reward models score."""
+WHERE_THERE = (*BY_MODEL_KEYS, "scoring_cache", "reused_from")
+"""Keys that a step or a validation has in some runs only."""
 PHASES = ("rollouts", "scoring", "update")
 VALIDATION_KEYS = ("step", "reward_mean", "judge_mean")
 POLICY_KEYS = (
@@ -99,16 +101,30 @@ def build_report(
         "run_id": run_id,
         "steps": steps,
         "alarms": [asdict(alarm) for alarm in alarms(metrics)],
-        "validation": [{key: _take(r, key, _name(r)) for key in VALIDATION_KEYS} | _by_model(r) for r in validations],
+        "validation": [
+            {key: _take(r, key, _name(r)) for key in VALIDATION_KEYS} | _where_there(r) for r in validations
+        ],
         "evaluation": dict(evaluation),
         **({"promotion": dict(promotion)} if promotion else {}),
         "reward_model": {key: getattr(reward_model, key) for key in ("name", "version", "digest", "accuracy")},
         "judge": {"name": judge.name, "accuracy": judge.accuracy},
         **({"reward_ensemble": dict(ensemble)} if ensemble else {}),
+        **({"rollouts": others} if (others := rollouts_of_others(steps)) else {}),
         "seconds": seconds,
         "base": {"uri": base},
         "checkpoint": {"uri": checkpoint.uri, "sha256": checkpoint.sha256, "step": checkpoint.step},
     }
+
+
+def rollouts_of_others(steps: Sequence[Mapping[str, Any]]) -> str:
+    """What to know of a run that was trained on rollouts of another run's policy; "" where all were its own."""
+    found: dict[str, list[int]] = {}
+    for step in steps:
+        if "reused_from" in step:
+            found.setdefault(step["reused_from"], []).append(step["step"])
+    parts = [f"RS steps {numbers[0]} to {numbers[-1]}: those of {run}" for run, numbers in found.items()]
+    told = "; ".join(parts)
+    return f"{told}, drawn by that run's policies, not by this one's: off-policy, RS step 1 apart" if told else ""
 
 
 def write_report(run_folder: RunFolder, report: Mapping[str, Any], samples: Sequence[Sample]) -> Path:
@@ -154,7 +170,10 @@ def _result(report: Mapping[str, Any]) -> str:
 
 
 def summary(report: Mapping[str, Any], page: str) -> str:
-    """At most 15 lines for the terminal, and one for each shadow; `page` is where report.html lies."""
+    """At most 15 lines for the terminal, one for each shadow, and one where another run drew the rollouts.
+
+    `page` is where report.html lies.
+    """
     e, seconds = report["evaluation"], report["seconds"]
     best = e["best_of_n"]
     lines = [f"run {report['run_id']}: {verdict(report)}"]
@@ -162,6 +181,8 @@ def summary(report: Mapping[str, Any], page: str) -> str:
     for who in dict.fromkeys(alarm["who"] for alarm in report["alarms"]):
         at = ", ".join(str(alarm["step"]) for alarm in report["alarms"] if alarm["who"] == who)
         lines.append(f"  alarm      at RS step {at}: {who} does not follow the reward")
+    if "rollouts" in report:
+        lines.append(f"  rollouts   {report['rollouts']}")
     for label, key in (("reward", "reward"), ("judge", "judge")):
         low, high = e[f"{key}_gain_ci95"]
         before, after, gain = e["base"][f"{key}_mean"], e["aligned"][f"{key}_mean"], e[f"{key}_gain"]
@@ -203,12 +224,12 @@ def _step(record: Mapping[str, Any], validation_seconds: Mapping[int, float]) ->
     # A run may go on from one whose steps were recorded before these were measured.
     step |= {key: record.get(key) for key in LATER_KEYS}
     step["scoring_server"] = {key: record.get("scoring_server", {}).get(key) for key in FIELDS}
-    step |= _by_model(record)
+    step |= _where_there(record)
     return step | {"seconds": seconds | {"validation": validation_seconds.get(step["step"], 0.0)}}
 
 
-def _by_model(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: record[key] for key in BY_MODEL_KEYS if key in record}
+def _where_there(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: record[key] for key in WHERE_THERE if key in record}
 
 
 def _take(values: Mapping[str, Any], path: str, where: str) -> Any:

@@ -12,8 +12,9 @@ from alignment.errors import RewardError, TrainingError
 from alignment.lifeline import Stop, StopRequested
 from alignment.preparation import PromptSets
 from alignment.records import step_record, validation_record
+from alignment.reuse import reused_rollouts
 from alignment.rollouts import Lowered, generate, in_prompt_order
-from alignment.step_rules import decide, step_prompts
+from alignment.step_rules import decide, step_prompts, without_rollouts
 from alignment.stored_scores import StoredScores, key, known, stored_scores
 from alignment.trainer import Trainer, train_step
 from alignment.triton_metrics import ServerWatch
@@ -65,10 +66,9 @@ def rs_step(session: Session, step: int) -> None:
     """
     trainer = session.trainer
     prompts = step_prompts(trainer.config, session.prompts.train, step)
-    if trainer.is_writer:
-        session.watch.begin()
-    mine, seconds = _agreed(session, lambda: _scored_share(session, prompts, step))
-    scored = in_prompt_order(trainer.gather(mine), prompts)
+    source = trainer.config.reuse.rollouts
+    scored, seconds = (_reused if source else _drawn)(session, prompts, step)
+    cached = cache_counts(session)
     decisions = decide(trainer.config, scored)
     if trainer.is_writer:  # before the update, so that a replay finds the scores
         trainer.run.write_rollouts(step, scored, decisions)
@@ -83,9 +83,45 @@ def rs_step(session: Session, step: int) -> None:
     if trainer.is_writer:
         # Nobody has asked the server for anything since the step was scored.
         served = session.watch.end()
-        record = step_record(step, scored, decisions, result, seconds, judge=session.judge, scoring_server=served)
+        record = step_record(
+            step,
+            scored,
+            decisions,
+            result,
+            seconds,
+            judge=session.judge,
+            scoring_server=served,
+            scoring_cache=cached,
+            lost_prompts=without_rollouts(prompts, scored),
+            reused_from=source,
+        )
         trainer.run.append_metrics(record)
         session.emit(record)
+
+
+def _drawn(session: Session, prompts: Sequence[Prompt], step: int) -> tuple[list[ScoredRollout], dict[str, float]]:
+    """The step's rollouts with their scores, and the seconds of both phases."""
+    trainer = session.trainer
+    if trainer.is_writer:
+        session.watch.begin()
+    mine, seconds = _agreed(session, lambda: _scored_share(session, prompts, step))
+    return in_prompt_order(trainer.gather(mine), prompts), seconds
+
+
+def _reused(session: Session, prompts: Sequence[Prompt], step: int) -> tuple[list[ScoredRollout], dict[str, float]]:
+    """The same from another run, which every rank reads by itself; `rollouts` are the seconds of reading."""
+    trainer, begun = session.trainer, time.monotonic()
+    scored = _agreed(session, lambda: reused_rollouts(trainer.run, prompts, trainer.policy.reader, step))
+    return scored, {"rollouts": time.monotonic() - begun, "scoring": 0.0}
+
+
+def cache_counts(session: Session) -> dict[str, int] | None:
+    """Of all ranks the conversations that `reuse.scores` answered since the last call, and those that it could not."""
+    mine = session.ensemble.take_counts()
+    if mine is None:
+        return None
+    counts = session.trainer.gather([mine])
+    return {key: sum(one[key] for one in counts) for key in mine}
 
 
 def training_sampling(config: Config) -> Sampling:
@@ -180,7 +216,8 @@ def validate(session: Session, step: int) -> dict[str, Any]:
     session.emit({"kind": "phase", "step": step, "phase": "validation", "done": 0, "total": len(prompts)})
     mine = _agreed(session, lambda: _validation_share(session))
     scored = in_prompt_order(trainer.gather(mine), prompts)
-    return validation_record(step, scored, session.judge, time.monotonic() - begun)
+    seconds = time.monotonic() - begun
+    return validation_record(step, scored, session.judge, seconds, scoring_cache=cache_counts(session))
 
 
 def _validation_share(session: Session) -> list[ScoredRollout]:

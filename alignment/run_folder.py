@@ -33,6 +33,7 @@ COLUMNS = {
     "response": "string",
     "finish_reason": "string",
     "num_tokens": "int64",
+    "response_ids": "list_of_int32",
     "log_prob": "float64",
     "reward": "float64",
     "reward_model": "string",
@@ -40,7 +41,8 @@ COLUMNS = {
     "selected": "bool_",
     "reason": "string",
 }
-"""Columns of rollouts/step-*.parquet and their Arrow types."""
+"""Columns of rollouts/step-*.parquet and their Arrow types. `response_ids` are the policy's tokens: a text need not
+come from just one sequence of them."""
 MODEL_COLUMNS = ("member_rewards", "shadow_rewards")
 """Further columns, maps from "name/version" to a score, of runs in which several reward models score."""
 
@@ -127,9 +129,18 @@ class RunFolder:
         """The same for people."""
         return self.path / "report.html"
 
+    @property
+    def reused(self) -> Path:
+        """Folder of the rollouts of another run that this one trains on, where `reuse.rollouts` names one."""
+        return self.path / "reused"
+
     def rollouts_file(self, step: int) -> Path:
         """Where the rollouts of an RS step are kept."""
         return self.rollouts / f"step-{step:06d}.parquet"
+
+    def reused_file(self, step: int) -> Path:
+        """Where the rollouts of an RS step are that another run drew, with that run's decisions."""
+        return self.reused / f"step-{step:06d}.parquet"
 
     def write_rollouts(self, step: int, scored: Sequence[ScoredRollout], decisions: Sequence[Decision]) -> Path:
         """Keeps every rollout of an RS step with its reward and decision; a replayed step replaces its file.
@@ -146,17 +157,10 @@ class RunFolder:
 
     def read_rollouts(self, step: int) -> list[dict[str, Any]]:
         """The rows of an RS step, one dict per rollout in the order written. Raises DataError."""
-        import pyarrow
-        import pyarrow.parquet as parquet
-
         path = self.rollouts_file(step)
-        try:
-            rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
-        except FileNotFoundError:
-            raise DataError(f"{path} is not there: RS step {step} has not been selected in this run") from None
-        except (OSError, pyarrow.ArrowInvalid) as error:
-            raise DataError(f"cannot read {path}: {error}; remove it and resume from a step before it") from error
-        return rows
+        if not path.is_file():
+            raise DataError(f"{path} is not there: RS step {step} has not been selected in this run")
+        return read_rows(path)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Adds one record to metrics.jsonl and flushes it to disk. Raises DiskError."""
@@ -274,10 +278,28 @@ def _try_lock(file: IO[str]) -> bool:
     return True
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of rollouts. Raises DataError."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    try:
+        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise DataError(f"cannot read {path}: {error}; remove it and resume from a step before it") from error
+    return rows
+
+
+def _arrow_type(kind: str) -> Any:
+    import pyarrow as pa
+
+    return pa.list_(pa.int32()) if kind == "list_of_int32" else getattr(pa, kind)()
+
+
 def _rollout_table(step: int, scored: Sequence[ScoredRollout], decisions: Sequence[Decision]) -> Any:
     import pyarrow as pa
 
-    schema = pa.schema([(name, getattr(pa, kind)()) for name, kind in COLUMNS.items()])
+    schema = pa.schema([(name, _arrow_type(kind)) for name, kind in COLUMNS.items()])
     for name in MODEL_COLUMNS:
         if any(getattr(r, name) for r in scored):
             schema = schema.append(pa.field(name, pa.map_(pa.string(), pa.float64())))

@@ -17,9 +17,10 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from alignment.errors import RewardServerError
+from alignment.score_cache import ScoreCache
 from alignment.scoring_faults import Fault, fault
 from alignment.scoring_wire import CANARY, checked, reward_column, text_tensor, to_json
-from alignment.types import Conversation, Rollout, ScoredRollout, with_reward
+from alignment.types import Conversation, Message, Rollout, ScoredRollout, with_reward
 
 T = TypeVar("T")
 
@@ -227,25 +228,41 @@ class RewardClient:
         return f"the reward model {self.model_name}{version} at {self.url}"
 
 
-def score_rollouts(client: RewardClient, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+def score_rollouts(
+    client: RewardClient, rollouts: Sequence[Rollout], cache: ScoreCache | None = None
+) -> list[ScoredRollout]:
     """The rollouts with their rewards, in order; equal responses to one prompt are scored once.
 
-    Raises RewardError.
+    What `cache` knows is not sent to the server, and what the server answers is kept there.
+    Raises RewardError, DiskError, DataError.
     """
     first = {(r.prompt_id, r.response): r for r in reversed(rollouts)}
-    rewards = dict(zip(first, client.score([r.conversation for r in first.values()]), strict=True))
+    conversations = [r.conversation for r in first.values()]
+    given = client.score(conversations) if cache is None else _cached_scores(client, conversations, cache)
+    rewards = dict(zip(first, given, strict=True))
     version = client.model_version if rollouts else ""
     return [
         with_reward(r, rewards[r.prompt_id, r.response], model=client.model_name, version=version) for r in rollouts
     ]
 
 
-def score_in_background(client: RewardClient, rollouts: Sequence[Rollout]) -> Future[list[ScoredRollout]]:
+def _cached_scores(client: RewardClient, conversations: Sequence[list[Message]], cache: ScoreCache) -> list[float]:
+    found = cache.known(conversations)
+    asked = [c for c, reward in zip(conversations, found, strict=True) if reward is None]
+    new = client.score(asked)
+    cache.add(asked, new)
+    answers = iter(new)
+    return [next(answers) if reward is None else reward for reward in found]
+
+
+def score_in_background(
+    client: RewardClient, rollouts: Sequence[Rollout], cache: ScoreCache | None = None
+) -> Future[list[ScoredRollout]]:
     """`score_rollouts` in the client's own thread, one batch after the other, while the caller generates.
 
     Raises RewardServerError once the client is closed.
     """
-    return in_background(client, score_rollouts, client, rollouts)
+    return in_background(client, score_rollouts, client, rollouts, cache)
 
 
 def in_background(client: RewardClient, function: Callable[..., T], *arguments: Any) -> Future[T]:

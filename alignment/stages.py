@@ -19,8 +19,9 @@ from alignment.workspace import child, create, opened
 
 
 def begin(config: Config, run_id: str, resumed_id: str | None = None) -> tuple[str, dict[str, int]]:
-    """Lay out the run folder and split the prompts, or take over those of `resume.from`; says what disk it will need.
+    """Lay out the run folder and split the prompts, or take over those of `resume.from` or `reuse.rollouts`.
 
+    It says what disk the run will need.
     A run that failed here and is resumed (`resumed_id`) keeps its folder, so the first id names it for good.
     Returns the run's path and the sizes of the prompt sets.
     """
@@ -28,17 +29,21 @@ def begin(config: Config, run_id: str, resumed_id: str | None = None) -> tuple[s
     from alignment.inputs import check_inputs
     from alignment.mix_in import prepare_mix_in
     from alignment.preparation import prepare
+    from alignment.reuse import adopt_rollouts, find_reused
     from alignment.rollout_engine import check_engine
     from alignment.trained_policy import check_recomputing
 
-    source, root = find_source(config), config.run.root  # before `latest`, which it may name, points to the new run
+    # Before `latest`, which they may name, points to the new run.
+    source, drawn, root = find_source(config), find_reused(config), config.run.root
     path = create(config.run, root, first_id(root, run_id, resumed_id), config.model_dump_json(indent=2))
     with ExitStack() as stack:
         run = stack.enter_context(opened(config, path))
         with timed_task(run, "start"):
             check_engine(config)
             check_inputs(config)
-            if source is None:
+            if drawn is not None:
+                adopt_rollouts(config, stack.enter_context(opened(config, drawn, writes=False, checkpoints=False)), run)
+            elif source is None:
                 prepare(config, run.path, print)
             else:
                 adopt(config, stack.enter_context(opened(config, source, writes=False, all_kept=True)), run)

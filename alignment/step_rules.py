@@ -16,6 +16,12 @@ def step_prompts(config: Config, prompts: Sequence[Prompt], step: int) -> list[P
     return [prompts[i] for i in order]
 
 
+def without_rollouts(prompts: Sequence[Prompt], scored: Sequence[ScoredRollout]) -> list[str]:
+    """Ids of the prompts of a step that have no rollouts, since their shard was lost."""
+    found = {r.prompt_id for r in scored}
+    return [prompt.prompt_id for prompt in prompts if prompt.prompt_id not in found]
+
+
 def decide(config: Config, scored: Sequence[ScoredRollout]) -> list[Decision]:
     """Selection by the config's rule."""
     rule = config.selection

@@ -18,9 +18,11 @@ from alignment.reward_server import RewardServer, external_url, reward_server
 from alignment.run_folder import RunFolder
 from alignment.tracking import Tracker, tracked
 from alignment.types import RewardModelRef
+from alignment.workspace import local_root
 
 if TYPE_CHECKING:
     from alignment.ensemble import Ensemble
+    from alignment.score_cache import ScoreCache
     from alignment.scoring import RewardClient
 
 COMMAND_STARTED = "RS_COMMAND_STARTED"
@@ -148,7 +150,7 @@ def reward_client(
 def scoring_clients(
     config: Config, url: str, models: ScoringModels, *, check: Callable[[], None] | None = None
 ) -> Iterator["Ensemble"]:
-    """A client of each model at `url`; `check` as in `RewardClient`."""
+    """A client of each model at `url`, with its kept scores under `reuse.scores`; `check` as in `RewardClient`."""
     from alignment.ensemble import Ensemble
 
     with ExitStack() as stack:  # the first closes last, since what it does in the background waits for the others
@@ -162,7 +164,16 @@ def scoring_clients(
             config.member_weights,
             config.reward_ensemble.combine,
             tuple(clients[count:]),
+            tuple(score_cache(config, model) for model in models.all) if config.reuse.scores else (),
         )
+
+
+def score_cache(config: Config, model: RewardModelRef) -> "ScoreCache":
+    """The scores that runs of this root keep of an exported version. Raises ModelError."""
+    from alignment.reward_repository import card_of
+    from alignment.score_cache import ScoreCache, export_digest
+
+    return ScoreCache(local_root(config.run) / "scores" / f"{export_digest(card_of(model))}.jsonl")
 
 
 def check_scoring(

@@ -47,7 +47,7 @@ STEP_NAMES = {
 """Name in W&B of each number of a "step" record."""
 TIMER_NAMES = {"timers/rollout_time": "rollouts", "timers/scoring_time": "scoring", "timers/train_time": "update"}
 """Name in W&B of each entry of a step's `seconds`."""
-FAMILIES = ("train_rollouts", "train_optim", "val_rollouts", "timers", "scoring_server")
+FAMILIES = ("train_rollouts", "train_optim", "val_rollouts", "timers", "scoring_server", "scoring_cache")
 
 
 class Tracker:
@@ -62,6 +62,7 @@ class Tracker:
         values = {name: record[key] for name, key in STEP_NAMES.items()}
         values |= {name: record["seconds"][key] for name, key in TIMER_NAMES.items()}
         values |= {f"scoring_server/{key}": value for key, value in record["scoring_server"].items()}
+        values |= {f"scoring_cache/{key}": value for key, value in record.get("scoring_cache", {}).items()}
         for key in ("member_means", "selected_member_means", "shadow_means", "selected_shadow_means"):
             values |= {f"train_rollouts/{key}/{model}": mean for model, mean in record.get(key, {}).items()}
         self._log("step", record["step"], values)

@@ -83,6 +83,8 @@ def _train(trainer: "Trainer", step: int, scoring: Mapping[str, Any]) -> None:
             {**scoring["seconds"], "update": time.monotonic() - begun},
             judge=load_judge(Path(scoring["judge"])),
             scoring_server=scoring["scoring_server"],
+            scoring_cache=scoring["scoring_cache"],
+            reused_from=trainer.config.reuse.rollouts,
             lost_prompts=scoring["lost_prompts"],
         )
         trainer.run.append_metrics(record)

@@ -126,6 +126,11 @@ def newest(names: Sequence[str]) -> set[str]:
     return set(names[-1:])
 
 
+def _none(names: Sequence[str]) -> set[str]:
+    del names
+    return set()
+
+
 def kept_by(config: Config, run: RunFolder) -> Names:
     """The checkpoints that a run keeps: `loop.keep_last` and `loop.keep_best` by validation."""
     from models.checkpoints import kept_folders
@@ -150,16 +155,18 @@ def opened(
     *,
     writes: bool = True,
     all_kept: bool = False,
+    checkpoints: bool = True,
     keeps: Callable[[Config, RunFolder], Names] = kept_by,
     on_note: Note | None = None,
 ) -> Iterator[RunFolder]:
     """The local folder of the run that `create` named `run_path`, for as long as a task works on it.
 
     Of a run under s3:// it is a copy that is brought up to date before: the newest checkpoint, `all_kept` those that
-    `keeps` says, and everything else. What the task leaves is sent at the end, also after an error, Ctrl-C or SIGTERM.
-    `writes=False` sends nothing, for tasks that only read, of which many may run side by side. A second task of this
-    node that writes is refused, after `loop.stop_grace_s`; where the copy has to be changed, it waits for readers.
-    Raises StorageConflict where somebody else goes on with the run, AlignmentError, StorageError.
+    `keeps` says, without `checkpoints` none, and everything else. What the task leaves is sent at the end, also after
+    an error, Ctrl-C or SIGTERM. `writes=False` sends nothing, for tasks that only read, of which many may run side by
+    side. A second task of this node that writes is refused, after `loop.stop_grace_s`; where the copy has to be
+    changed, it waits for readers. Raises StorageConflict where somebody else goes on with the run, AlignmentError,
+    StorageError.
     """
     if not is_s3(run_path):
         yield RunFolder(Path(run_path))
@@ -167,7 +174,7 @@ def opened(
     path = local_place(config.run, run_path)
     note, kept, wait_s = on_note or _say, keeps(config, RunFolder(path)), config.loop.stop_grace_s
     mirror = RunMirror(path, run_path, kept, note)
-    wanted: Names = (lambda names: newest(names) | kept(names)) if all_kept else newest
+    wanted: Names = (lambda names: newest(names) | kept(names)) if all_kept else newest if checkpoints else _none
     with contextlib.ExitStack() as stack:
         if writes:
             stack.enter_context(writer_lock(path, wait_s))

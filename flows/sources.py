@@ -59,18 +59,22 @@ if "METAFLOW_USER" not in os.environ:
 def parse_preset(text: str) -> dict[str, Any]:
     """Metaflow's parser for the `config` option: YAML or JSON text to a checked, complete, plain dict."""
     from alignment.config import parse_config
-    from alignment.continuation import find_source, is_found
+    from alignment.continuation import find_run_named, is_found
     from models.registry import PREFIX, located
 
     with plain_errors():
         config = parse_config(text)
         values = config.model_dump(mode="json")
-        # The config of a run that goes on is parsed again, when its source may be gone and is needed no more.
-        source = config.resume.from_ if is_found(config) else find_source(config)
+        for section, field, name in (
+            ("resume", "from", config.resume.from_),
+            ("reuse", "rollouts", config.reuse.rollouts),
+        ):
+            # Other runs by their folder or URI: `latest` will soon be another one. A config that was resolved is parsed
+            # again, when its source may be gone and is needed no more.
+            key = f"{section}.{field}"
+            values[section][field] = name if is_found(name) else find_run_named(key, name, config.run.root)
         if config.policy.model.startswith(PREFIX):  # an alias may soon be moved
             values["policy"]["model"] = located(config.run.root, config.policy.model, key="policy.model")
-    if source is not None:  # `latest` will soon be another run
-        values["resume"]["from"] = source
     # Tasks and resumes may work in another folder than the one in which the run was started.
     values["run"]["root"] = _absolute(values["run"]["root"])
     if values["run"]["workspace"]:

@@ -37,7 +37,7 @@ from alignment.reward_training import build_trainer
 from alignment.rollout_engine import load_engine
 from alignment.run_folder import RunFolder
 from alignment.stages import begin
-from alignment.task import COMMAND_STARTED, reward_client, served, tracker
+from alignment.task import COMMAND_STARTED, ScoringModels, reward_client, scoring_clients, served, tracker
 from alignment.trainer import train_step
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
 from alignment.workspace import local_root
@@ -387,6 +387,19 @@ def patience(config: Config) -> float:
 def adopted_checkpoints(config: Config) -> list[str]:
     """The checkpoints that a new run begins with."""
     return sorted(p.name for p in new_run(config).checkpoints.glob("step-*"))
+
+
+def reused_steps(config: Config) -> list[str]:
+    """The RS steps whose rollouts a new run begins with."""
+    return sorted(p.name for p in new_run(config).reused.glob("*"))
+
+
+def kept_scores(config: Config) -> set[str]:
+    """The folder in which a task keeps the scores of the reward model."""
+    with scoring_clients(config, "127.0.0.1:9", ScoringModels((reference(config),), ())) as ensemble:
+        for cache in ensemble.caches:
+            cache.add([[{"role": "user", "content": "a"}]], [1.0])
+    return {str(path.parent) for path in Path(config.run.root).glob("scores/*.jsonl")}
 
 
 def reference(config: Config) -> RewardModelRef:

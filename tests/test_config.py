@@ -115,6 +115,15 @@ def test_each_bad_value_is_one_line_with_key_value_and_remedy() -> None:
             "rollouts.min_new_tokens (13) must be <= rollouts.max_new_tokens (12): lower the first or raise the second",
         ),
         (
+            ["reuse.rollouts=a", "resume.from=b"],
+            "reuse.rollouts (a) begins at the base, and resume.from (b) goes on from a checkpoint: set one of them",
+        ),
+        (
+            ["reuse.scores=true", "reward.url=a:1"],
+            "reuse.scores keeps scores by the reward model's digest, which an external server (reward.url, a:1) does "
+            "not tell: set it to false, or unset reward.url",
+        ),
+        (
             ["rollouts.vllm_tensor_parallel=2", "resources.gpu=2"],
             "rollouts.vllm_tensor_parallel (2) is read by rollouts.engine=vllm only: set that, or leave it 1",
         ),
@@ -509,6 +518,8 @@ EFFECTS = {
     "run.workspace": Effect("{root}/work", see.workspace, Path("{root}/work/bucket/runs"), IN_S3),
     "run.cache_limit_gb": Effect(7, see.cache_limit, 7_000_000_000),
     "resume.from": Effect("{root}/earlier", see.adopted_checkpoints, ["step-000002"]),
+    "reuse.rollouts": Effect("{root}/earlier", see.reused_steps, ["step-000001.parquet"], ("loop.max_steps=1",)),
+    "reuse.scores": Effect(True, see.kept_scores),
     "policy.model": Effect("{root}/policy", see.column("response")),
     "policy.prompt_format": Effect("chat", see.column("prompt")),
     "policy.dtype": Effect("bfloat16", see.engine_says("bfloat16_enabled"), True),

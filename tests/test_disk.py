@@ -22,7 +22,7 @@ def test_needs_are_those_of_checkpoints_and_rollouts(tmp_path, monkeypatch):
     config = load_config(SMOKE, [f"run.root={tmp_path}", "loop.keep_last=2"])
     run = new_run(config)
     # 12 bytes a parameter; 2 newest, the best, one being written. 4 steps of 4 × 4 responses of at most 64 + 12 tokens.
-    needed = 4 * 12_000_000 + 4 * 16 * 76 * 2
+    needed = 4 * 12_000_000 + 4 * 16 * (76 * 2 + 12 * 4)
     said = disk_needs(config, run, 4)
     assert said.startswith(
         f"disk: up to {shown(needed)} under {run.path} (4 checkpoints of 12 MB, the rest rollouts); "

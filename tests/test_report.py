@@ -392,6 +392,15 @@ def test_an_alarm_stands_in_the_report_and_above_the_result() -> None:
     assert len(summary(built, "report.html").splitlines()) <= 14
 
 
+def test_rollouts_of_another_run_are_named_in_report_page_and_summary() -> None:
+    assert "rollouts" not in report() and "Rollouts of another run" not in page().text
+    built = report(metrics=[{**r, "reused_from": "/runs/6"} if r["kind"] == "step" else r for r in metrics()])
+    steps = [step["step"] for step in built["steps"]]
+    assert built["rollouts"].startswith(f"RS steps {steps[0]} to {steps[-1]}: those of /runs/6, drawn by that run's")
+    assert page(built).values["rollouts"] == built["rollouts"]
+    assert f"rollouts   {built['rollouts']}" in summary(built, "report.html")
+
+
 def charts(seen: Page) -> int:
     return sum(attributes.get("role") == "img" for _, attributes in seen.elements)
 

@@ -103,8 +103,8 @@ def test_rollouts_have_the_columns_of_the_contract_and_the_log_probability(tmp_p
     schema = parquet.read_schema(path)
     assert folder.read_rollouts(3)[0]["log_prob"] is None  # of an answer that the policy did not draw
     first_half = ["step", "prompt_id", "prompt", "rollout_index", "response", "finish_reason"]
-    second_half = ["num_tokens", "log_prob", "reward", "reward_model", "reward_model_version", "selected", "reason"]
-    assert schema.names == first_half + second_half
+    second_half = ["num_tokens", "response_ids", "log_prob", "reward", "reward_model", "reward_model_version"]
+    assert schema.names == first_half + second_half + ["selected", "reason"]
     assert [str(schema.field(n).type) for n in ("step", "reward", "selected")] == ["int64", "double", "bool"]
     assert folder.read_rollouts(3)[1] == {
         "step": 3,
@@ -114,6 +114,7 @@ def test_rollouts_have_the_columns_of_the_contract_and_the_log_probability(tmp_p
         "response": "naïve 1\n\x00",
         "finish_reason": "length",
         "num_tokens": 3,
+        "response_ids": [1, 2, 3],
         "log_prob": -1.75,
         "reward": 1.1,
         "reward_model": "rm",

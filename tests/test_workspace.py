@@ -217,6 +217,15 @@ def test_a_conflict_of_the_sending_reaches_the_task(nodes, monkeypatch):
             threading.Event().wait(0.05)
 
 
+def test_who_wants_no_checkpoint_gets_the_other_files(nodes):
+    one, two = nodes
+    path = begin(one)
+    with opened(one, path) as run:
+        checkpoint(run, 1)
+    with opened(two, path, writes=False, checkpoints=False) as run:
+        assert [r["step"] for r in run.read_metrics()] == [1] and finished(run.checkpoints) == []
+
+
 def test_begin_again_latest_and_the_names_of_runs(nodes, tmp_path):
     one, _ = nodes
     root, path = one.run.root, begin(one)
