@@ -31,7 +31,8 @@ class PackedWeights:
         layers = [layer for layer in linear if "forward" not in vars(layer)]  # one that others have replaced is theirs
         held = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
         plain = all(one.weight.device.type == "cpu" and one.weight.dtype == torch.float32 for one in layers)
-        self._layers = layers if plain and held <= MOST_BYTES and torch.backends.mkl.is_available() else []
+        packs = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # its operator wants both
+        self._layers = layers if plain and held <= MOST_BYTES and packs else []
         self._forwards: list[Callable[[Tensor], Tensor]] = []
         self._packed_rows, self._rows, self._steps = 0, 0, 0
 
