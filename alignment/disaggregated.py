@@ -100,7 +100,7 @@ def _with_scorers(run: RunFolder, place: Place) -> Plain:
 def sample_shard(config: Config, place: Place, shard: int) -> tuple[list[Plain], float]:
     """Rollouts of a shard's prompts of the step by the last checkpoint's policy, and the seconds it took.
 
-    None where the step takes those of another run.
+    No rollouts and no seconds where the step takes those of another run.
     """
     if config.reuse.rollouts:
         return [], 0.0
