@@ -7,6 +7,8 @@
 # make test-vllm VLLM_PYTHON=PATH  the tests of vLLM, by the python of an environment that has it
 # make test-clusters  runs on a real Slurm of several nodes on this machine, and what else wants daemons of a cluster;
 #               installs them by apt-get where they are missing
+# make test-faults  runs under faults drawn from a seed, within an hour; FAULTS=short a few of each kind; SEED=N and
+#               ONLY=NAME repeat what failed (docs/faults.md)
 # All make the virtual environment first; a stamp keeps that instant when nothing changed.
 PYTHON ?= python3.11
 VENV := .venv
@@ -15,7 +17,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run control bench test test-slow test-long test-clusters test-all test-vllm lint clean help
+.PHONY: run control bench test test-slow test-long test-clusters test-faults test-all test-vllm lint clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -44,6 +46,13 @@ test-clusters: $(DEV_STAMP)
 	@missing=; for program in $(CLUSTER_PROGRAMS); do PATH="$$PATH:/usr/sbin" command -v $$program >/dev/null || missing=yes; done; \
 	[ -z "$$missing" ] || { $(SUDO) apt-get update && $(SUDO) apt-get install --yes --no-install-recommends $(CLUSTER_PACKAGES); }
 	$(BIN)/python -m pytest -m cluster tests
+
+## A disk is filled up and a clock jumps: as root, or by `unshare --user --map-root-user --mount`.
+test-faults: $(DEV_STAMP)
+	@ls /usr/lib/*/faketime/libfaketime.so.1 >/dev/null 2>&1 || { \
+	  $(SUDO) apt-get update && $(SUDO) apt-get install --yes --no-install-recommends libfaketime; }
+	PYTHONPATH=tests DS_ACCELERATOR=cpu $(BIN)/python -m faults $(if $(filter short,$(FAULTS)),--short) \
+	  $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only $(ONLY))
 
 test-all: test test-slow test-long
 
