@@ -141,7 +141,8 @@ class RunFolder:
 
         table = _rollout_table(step, scored, decisions)
         path = self.rollouts_file(step)
-        write_atomically(path, lambda file: parquet.write_table(table, file))
+        # Unchecked, a bit that is turned over in a stored score would be read as another score.
+        write_atomically(path, lambda file: parquet.write_table(table, file, write_page_checksum=True))
         return path
 
     def read_rollouts(self, step: int) -> list[dict[str, Any]]:
@@ -151,11 +152,17 @@ class RunFolder:
 
         path = self.rollouts_file(step)
         try:
-            rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+            table = parquet.read_table(path, page_checksum_verification=True)
+            if lacking := COLUMNS.keys() - set(table.column_names):
+                raise OSError(f"it lacks the columns {', '.join(sorted(lacking))}")
+            rows: list[dict[str, Any]] = table.to_pylist()
         except FileNotFoundError:
             raise DataError(f"{path} is not there: RS step {step} has not been selected in this run") from None
-        except (OSError, pyarrow.ArrowInvalid) as error:
-            raise DataError(f"cannot read {path}: {error}; remove it and resume from a step before it") from error
+        except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+            raise DataError(
+                f"cannot read {path}: {error}; put it back from a copy. Where no checkpoint has this step behind it, "
+                "remove it and resume: the step is done again"
+            ) from error
         return rows
 
     def append_metrics(self, record: dict[str, Any]) -> None:
