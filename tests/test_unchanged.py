@@ -125,10 +125,11 @@ def test_a_bit_of_the_stored_rollouts_is_not_read_as_another_score(tmp_path: Pat
     path = run.write_rollouts(5, rows, [Decision("a", 0, True, "the best")])
     data = path.read_bytes()
     found = 0
-    for at in range(len(data)):
+    tried = range(0, len(data), 11)
+    for at in tried:
         path.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
         try:
             assert run.read_rollouts(5)[0]["reward"] == 0.5
         except DataError as error:
             found += "remove it and resume" in str(error)
-    assert found > len(data) // 4
+    assert found > len(tried) // 4

@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import os
 import random
+import signal
 import sys
 import tempfile
 import threading
@@ -21,7 +23,7 @@ from faults import __doc__ as about
 from faults.campaign import Say, carry_out
 from faults.disks import why_no_disk
 from faults.plan import Campaign, draw
-from faults.scene import SETTINGS, STEPS
+from faults.scene import SETTINGS, STEPS, Scene
 from faults.setting import Bench, setting_of, start
 from faults.tally import Tried, status, summary
 from flow_runs import SMOKE
@@ -34,7 +36,7 @@ def main() -> int:
     """Returns the exit status."""
     options = _options()
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
-    plan = [one for one in draw(seed, short=options.short) if options.only in (None, one.name)]
+    plan = [one for one in draw(seed, short=options.short) if one.name.startswith(options.only)]
     if not plan:
         sys.exit(f"--only {options.only}: the plan has {', '.join(c.name for c in draw(seed, short=options.short))}")
     count, begun = sum(len(one.faults) for one in plan), time.monotonic()
@@ -43,11 +45,20 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     if any(one.setting == "disk" for one in plan) and (refused := why_no_disk(folder)):
         sys.exit(f"no disk can be filled: {refused}")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: _give_up(folder))
     with _bench(folder, say) as bench:
         tried = _all(plan, bench, say)
     say("")
     print(*summary(plan, tried, seed), sep="\n", flush=True)
     return status(plan, tried)
+
+
+def _give_up(folder: Path) -> None:
+    """End with all processes of all scenes, and with the server, which ends with this one."""
+    for scene in folder.glob("*/run-*"):
+        Scene(scene, "", scene).clear()
+    os._exit(1)
 
 
 def _all(plan: Sequence[Campaign], bench: Bench, say: Say) -> list[Tried]:
@@ -108,7 +119,9 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, help="of the plan; a new one without, which is printed")
     parser.add_argument("--short", action="store_true", help="the plan that CI carries out: each family, few faults")
-    parser.add_argument("--only", metavar="NAME", help="this campaign of the plan alone")
+    parser.add_argument(
+        "--only", metavar="NAME", default="", help="only campaigns whose names begin so: disk, workers-2"
+    )
     return parser.parse_args()
 
 
