@@ -47,10 +47,8 @@ test-clusters: $(DEV_STAMP)
 	[ -z "$$missing" ] || { $(SUDO) apt-get update && $(SUDO) apt-get install --yes --no-install-recommends $(CLUSTER_PACKAGES); }
 	$(BIN)/python -m pytest -m cluster tests
 
-## A disk is filled up and a clock jumps: as root, or by `unshare --user --map-root-user --mount`.
+## A disk is mounted to be filled up: as root, or by `unshare --user --map-root-user --mount`.
 test-faults: $(DEV_STAMP)
-	@ls /usr/lib/*/faketime/libfaketime.so.1 >/dev/null 2>&1 || { \
-	  $(SUDO) apt-get update && $(SUDO) apt-get install --yes --no-install-recommends libfaketime; }
 	PYTHONPATH=tests DS_ACCELERATOR=cpu $(BIN)/python -m faults $(if $(filter short,$(FAULTS)),--short) \
 	  $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only $(ONLY))
 

@@ -55,7 +55,9 @@ def carry_out(campaign: Campaign, bench: Bench, say: Say) -> Iterator[Tried]:
                 reason = f"{lost}; its files: {setting.scene.path}"
             finally:
                 setting.scene.clear()
-            yield from (Tried(campaign.name, fault, reason) for fault in course.seen)
+            # A run that is lost before its first fault is the fault's that was to come.
+            seen = course.seen or ([left[0]] if reason and left else [])
+            yield from (Tried(campaign.name, fault, reason) for fault in seen)
         if reason:
             return
         shutil.rmtree(setting.scene.path)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from faults.plan import ALL, Fault, Moment
 from faults.scene import STEPS, Scene
+from flow_runs import ROOT
 
 POLL_S = 0.03
 APPEARS_S = 60.0
@@ -86,30 +87,17 @@ SIGNALS = {
 }
 
 
-class Clock:
-    """The wall clock of a scene's processes, by libfaketime: a stand-in for this machine's, which is everybody's.
-
-    The monotonic clock, which a jump does not touch, and the times of files stay as they are.
-    """
-
-    LIBRARY = "libfaketime.so.1"
+class ClockStandIn:
+    """The wall clock of a scene's Python processes: this machine's own is everybody's (`jumping/sitecustomize.py`)."""
 
     def __init__(self, folder: Path) -> None:
         self._file, self._lock, self._offset_s = folder / "clock", threading.Lock(), 0
         self._write()
 
     def environment(self) -> dict[str, str]:
-        """What makes processes read this clock. Raises FileNotFoundError where libfaketime is not installed."""
-        found = sorted(Path("/usr/lib").glob(f"*/faketime/{self.LIBRARY}"))
-        if not found:
-            raise FileNotFoundError(f"no {self.LIBRARY}: apt-get install faketime")
-        return {
-            "LD_PRELOAD": str(found[0]),
-            "FAKETIME_TIMESTAMP_FILE": str(self._file),
-            "FAKETIME_NO_CACHE": "1",
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-            "NO_FAKE_STAT": "1",
-        }
+        """What makes Python read this clock."""
+        path = os.pathsep.join(map(str, (Path(__file__).parent / "jumping", ROOT, ROOT / "tests")))
+        return {"JUMPING_CLOCK": str(self._file), "PYTHONPATH": path}
 
     def jump(self, hours: float) -> str:
         """Forward or back from where the clock stands."""
@@ -120,5 +108,5 @@ class Clock:
 
     def _write(self) -> None:
         waiting = self._file.with_suffix(".new")
-        waiting.write_text(f"{self._offset_s:+d}\n")
+        waiting.write_text(str(self._offset_s))
         os.replace(waiting, self._file)

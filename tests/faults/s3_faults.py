@@ -1,6 +1,7 @@
 """S3 for a campaign: moto as a stand-in for it, behind a proxy that answers 500, is silent, cuts and loses answers."""
 
 import contextlib
+import logging
 import os
 import uuid
 from collections.abc import Iterator
@@ -64,6 +65,8 @@ class Bucket:
 def bucket() -> Iterator[Bucket]:
     """A new bucket, its server and its proxy, for as long as the context lasts."""
     import boto3
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
 
     with moto() as server, FlakyProxy(server.url) as proxy:
         name = f"faults-{uuid.uuid4().hex[:12]}"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from alignment.run_folder import RunFolder
 from faults.disks import free, small_disk
-from faults.injectors import Clock
+from faults.injectors import ClockStandIn
 from faults.plan import Campaign
 from faults.s3_faults import Bucket, bucket
 from faults.scene import SETTINGS, Scene
@@ -41,7 +41,7 @@ class Setting:
     repository: Path = Path()
     disk: Path | None = None
     bucket: Bucket | None = None
-    clock: Clock | None = None
+    clock: ClockStandIn | None = None
 
     def command(self) -> list[str]:
         """What starts the run, or goes on with it."""
@@ -86,7 +86,7 @@ def setting_of(campaign: Campaign, bench: Bench, number: int) -> Iterator[Settin
             local = path / "workspace" / there.uri.removeprefix("s3://") / "runs"
             yield Setting(Scene(path, RUN, local, settings, environment, f"{there.uri}/runs"), bucket=there)
         elif own == "clock":
-            clock = Clock(path)
+            clock = ClockStandIn(path)
             yield Setting(Scene(path, RUN, root, served_here, clock.environment()), clock=clock)
         elif own in ("flow", "exports"):
             repository = root / "triton_repo"
