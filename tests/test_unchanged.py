@@ -10,6 +10,7 @@ import pytest
 
 from alignment.config import Config, load_config
 from alignment.errors import DataError
+from alignment.preparation import load_prompts
 from alignment.provenance import judge_digests, metrics_digest
 from alignment.run_folder import RunFolder
 from alignment.types import Decision, JudgeRef, RewardModelRef, ScoredRollout
@@ -79,6 +80,13 @@ def test_prompts_and_judge_are_those_of_the_checkpoint(
     change(run.path / name)
     with pytest.raises(DataError, match=rf"/run/{name} is missing or damaged: .* put it back from a copy"):
         check(config, run)
+
+
+def test_prompts_that_cannot_be_read(tmp_path: Path) -> None:
+    _, run = begun(tmp_path)
+    (run.prompts / "train.jsonl").write_text('{"id" "a"}\n')
+    with pytest.raises(DataError, match=r"train.jsonl cannot be read .*: put it back from a copy"):
+        load_prompts(run.path, "train")
 
 
 def test_records_are_those_of_the_checkpoint_or_of_an_older_one(tmp_path: Path) -> None:

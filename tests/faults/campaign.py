@@ -20,8 +20,8 @@ from faults.plan import ALL, Campaign, Fault
 from faults.setting import Bench, Command, Setting, setting_of, start
 from faults.tally import Tried
 
-MORE_COMMANDS = 4
-"""Starts of a run's command beyond one for each fault: errors that were told, and the last one."""
+COMMANDS_PER_FAULT, MORE_COMMANDS = 3, 4
+"""Starts of a run's command: the one that is disturbed, one that tells of it, one more; and a few for the last ones."""
 
 Say = Callable[[str], None]
 
@@ -69,7 +69,7 @@ def _say(say: Say, name: str, text: str) -> None:
 
 def _run(setting: Setting, bench: Bench, left: deque[Fault], course: Course, say: Say) -> None:
     """One run to its end under the faults that are `left`, as many as it lives to see. Raises Lost."""
-    most = len(left) + MORE_COMMANDS
+    most = COMMANDS_PER_FAULT * len(left) + MORE_COMMANDS
     while True:
         course.commands += 1
         if course.commands > most:
