@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config import Config, parse_config
-from alignment.continuation import differences, flat
+from alignment.continuation import SERVING, differences, flat
 from alignment.errors import AlignmentError, ConfigError, DataError
 from alignment.preparation import NAMES
 from alignment.provenance import metrics_digest
@@ -20,6 +20,7 @@ from alignment.types import JudgeRef, RewardModelRef
 from models.checkpoints import finished, read_manifest, sha256_file
 
 REMEDY = "put it back from a copy (a new run of the same config writes the same one), then resume the run"
+_SERVING = {f"reward.{key}" for key in SERVING}
 
 
 def read_run_config(run: RunFolder) -> Config:
@@ -69,9 +70,13 @@ def _vouched_for(run: RunFolder, manifest: Mapping[str, Any], *, is_own: bool) -
 
 
 def _check_config(config: Config, run: RunFolder, checkpoint: Path) -> None:
-    theirs = parse_config((checkpoint / "run_config.json").read_text())
-    if theirs != config:
-        different = differences(flat(theirs.model_dump(mode="json")), flat(config.model_dump(mode="json")))
+    """How a reward model is served, and where, may be another each time."""
+    theirs, ours = (
+        {key: value for key, value in flat(one.model_dump(mode="json")).items() if key not in _SERVING}
+        for one in (parse_config((checkpoint / "run_config.json").read_text()), config)
+    )
+    different = differences(theirs, ours)
+    if different:
         raise DataError(f"{run.config} is not what {checkpoint} was made with: {', '.join(different)}: {REMEDY}")
 
 
