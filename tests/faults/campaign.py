@@ -151,7 +151,8 @@ def _heed(setting: Setting, end: End, course: Course, say: Say) -> None:
     """Do what an error asks for. Raises Lost where it says nothing of what was damaged, or nothing was."""
     if not end.message:
         return
-    named = [damaged for damaged in course.damages if damaged.is_named_in(end.message)]
+    exactly = [damaged for damaged in course.damages if str(damaged.path) in end.message]
+    named = exactly or [damaged for damaged in course.damages if damaged.is_named_in(end.message)]
     if not named:
         raise Lost(f"it ended without a fault, or named another cause: {end.message[:800]}")
     say(f"it said: {end.message[:400]}")
