@@ -7,6 +7,8 @@
 # make test-vllm VLLM_PYTHON=PATH  the tests of vLLM, by the python of an environment that has it
 # make test-clusters  runs on a real Slurm of several nodes on this machine, pods against a stand-in for Kubernetes with a real
 #               S3 server, manifests and alerts by kubectl and promtool; by apt-get where these daemons are missing
+# make test-faults  runs under faults drawn from a seed, within an hour; FAULTS=short a few of each kind; SEED=N and
+#               ONLY=NAME repeat what failed (docs/faults.md)
 # All make the virtual environment first; a stamp keeps that instant when nothing changed.
 PYTHON ?= python3.11
 VENV := .venv
@@ -15,7 +17,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run control bench test test-slow test-long test-clusters test-all test-vllm lint clean help
+.PHONY: run control bench test test-slow test-long test-clusters test-faults test-all test-vllm lint clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -49,6 +51,11 @@ test-clusters: $(DEV_STAMP)
 	[ -z "$$missing" ] || { $(SUDO) apt-get update && $(SUDO) apt-get install --yes --no-install-recommends $(CLUSTER_PACKAGES); }
 	$(BIN)/python -m pytest --no-skips $(CLUSTER_FILES)
 	$(BIN)/python -m pytest --no-skips -m cluster tests
+
+## A disk is mounted to be filled up: as root, or by `unshare --user --map-root-user --mount`.
+test-faults: $(DEV_STAMP)
+	PYTHONPATH=tests DS_ACCELERATOR=cpu $(BIN)/python -m faults $(if $(filter short,$(FAULTS)),--short) \
+	  $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only $(ONLY))
 
 test-all: test test-slow test-long
 

@@ -16,6 +16,7 @@ from alignment.run_metrics import end_progress
 from alignment.slurm_gang import allocated_gang
 from alignment.task import claim_devices, ends_at, served, timed_task, tracker
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
+from alignment.unchanged import check_scorers
 
 WORKER = "alignment.worker"
 
@@ -31,6 +32,7 @@ def iterate(config: Config, run: RunFolder, reward: RewardModelRef, judge: Judge
     if failed is not None:  # a resume of a run whose loop is over
         return _over(run, failed)
     claim_devices(config)
+    check_scorers(run, reward, judge)
     total = total_steps(config, run.path)
     begun_at = newest_checkpoint(run.checkpoints)
     done = begun_at.step if begun_at else 0

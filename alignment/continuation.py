@@ -56,6 +56,14 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
     ]
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of dicts with its keys as dotted paths."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
 def check_own(config: Config, run: RunFolder, checkpoint: Path) -> None:
     """Raise CheckpointError for a checkpoint that was made for another task, or by a run that this one is not.
 

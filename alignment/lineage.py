@@ -21,7 +21,7 @@ from typing import Any
 
 from alignment.config import parse_config, same_config
 from alignment.config_sections import RunSection
-from alignment.continuation import differences
+from alignment.continuation import differences, flat
 from alignment.errors import AlignmentError, CheckpointError, DataError
 from alignment.mix_in import MIX_IN
 from alignment.provenance import metrics_digest
@@ -93,11 +93,11 @@ def describe_step(run: RunFolder, step: int) -> Iterator[str]:
 
 def describe_difference(run: RunFolder, other: RunFolder) -> Iterator[str]:
     """Lines on what differs between two runs: config, code, packages, data, scorers, decisions, weights."""
-    ours, theirs = (_flat(json.loads(r.config.read_text())) for r in (run, other))
+    ours, theirs = (flat(json.loads(r.config.read_text())) for r in (run, other))
     links = [chain(r)[0] for r in (run, other)]
     for name in ("code", "packages", "data", "reward_model", "judge"):
-        ours |= _flat({name: links[0][name]})
-        theirs |= _flat({name: links[1][name]})
+        ours |= flat({name: links[0][name]})
+        theirs |= flat({name: links[1][name]})
     found = differences(theirs, ours)
     yield f"{other.path} (there) and {run.path} (here):"
     yield from (f"  {line}" for line in found)
@@ -188,13 +188,6 @@ def _first_other_decision(run: RunFolder, other: RunFolder) -> int | None:
     return None
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
 def _read(path: Path) -> Manifest:
     try:
         manifest: Manifest = json.loads(path.read_text())
@@ -256,7 +249,10 @@ def _answer(options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     if options.verify:
         results = list(check(run))
         print(*(f"{'ok    ' if right else 'WRONG '} {what}" for right, what in results), sep="\n")
-        return 0 if all(right for right, _ in results) else 1
+        if all(right for right, _ in results):
+            return 0
+        print("what is WRONG is missing, damaged or was changed after it was written: put it back from a copy")
+        return 1
     if options.step is not None:
         lines = describe_step(run, options.step)
     elif options.diff:

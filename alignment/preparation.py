@@ -155,7 +155,7 @@ def _write(
 
 
 def load_prompt_sets(run: Path) -> PromptSets:
-    """The sets that `prepare` wrote."""
+    """The sets that `prepare` wrote. Raises DataError."""
     return PromptSets(*(load_prompts(run, name) for name in NAMES))
 
 
@@ -170,5 +170,11 @@ def _line(prompt: Prompt) -> str:
 
 
 def _read(path: Path) -> tuple[Prompt, ...]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return tuple(Prompt(row["id"], tuple(row["messages"]), row.get("reference")) for row in rows)
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return tuple(Prompt(row["id"], tuple(row["messages"]), row.get("reference")) for row in rows)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} cannot be read ({error}): put it back from a copy (a new run of the same config writes the same "
+            "one), then resume the run"
+        ) from error

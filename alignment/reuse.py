@@ -25,7 +25,8 @@ from alignment.continuation import check_version, differences, find_run_named, l
 from alignment.ensemble import by_model
 from alignment.errors import ConfigError, DataError
 from alignment.preparation import NAMES, total_steps
-from alignment.run_folder import RunFolder, read_rows
+from alignment.rollout_table import read_rows
+from alignment.run_folder import RunFolder
 from alignment.types import Prompt, ScoredRollout
 
 if TYPE_CHECKING:

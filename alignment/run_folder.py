@@ -23,28 +23,8 @@ from alignment.atomic_files import write_json as write_json
 from alignment.config import same_config
 from alignment.errors import AlignmentError, ConfigError, DataError
 from alignment.metrics_file import end_of_records, locked, mend, parse_record
+from alignment.rollout_table import read_rows, write_rows
 from alignment.types import Decision, ScoredRollout
-
-COLUMNS = {
-    "step": "int64",
-    "prompt_id": "string",
-    "prompt": "string",
-    "rollout_index": "int64",
-    "response": "string",
-    "finish_reason": "string",
-    "num_tokens": "int64",
-    "response_ids": "list_of_int32",
-    "log_prob": "float64",
-    "reward": "float64",
-    "reward_model": "string",
-    "reward_model_version": "string",
-    "selected": "bool_",
-    "reason": "string",
-}
-"""Columns of rollouts/step-*.parquet and their Arrow types. `response_ids` are the policy's tokens: a text need not
-come from just one sequence of them."""
-MODEL_COLUMNS = ("member_rewards", "shadow_rewards")
-"""Further columns, maps from "name/version" to a score, of runs in which several reward models score."""
 
 
 class Remote(Protocol):
@@ -148,11 +128,8 @@ class RunFolder:
         Raises DataError where the decisions do not belong to the rollouts, one each and in order, or where a
         text cannot be stored as UTF-8; DiskError where the file cannot be written.
         """
-        import pyarrow.parquet as parquet
-
-        table = _rollout_table(step, scored, decisions)
         path = self.rollouts_file(step)
-        write_atomically(path, lambda file: parquet.write_table(table, file))
+        write_rows(path, step, scored, decisions)
         return path
 
     def read_rollouts(self, step: int) -> list[dict[str, Any]]:
@@ -276,43 +253,3 @@ def _try_lock(file: IO[str]) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of rollouts. Raises DataError."""
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    try:
-        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise DataError(f"cannot read {path}: {error}; remove it and resume from a step before it") from error
-    return rows
-
-
-def _arrow_type(kind: str) -> Any:
-    import pyarrow as pa
-
-    return pa.list_(pa.int32()) if kind == "list_of_int32" else getattr(pa, kind)()
-
-
-def _rollout_table(step: int, scored: Sequence[ScoredRollout], decisions: Sequence[Decision]) -> Any:
-    import pyarrow as pa
-
-    schema = pa.schema([(name, _arrow_type(kind)) for name, kind in COLUMNS.items()])
-    for name in MODEL_COLUMNS:
-        if any(getattr(r, name) for r in scored):
-            schema = schema.append(pa.field(name, pa.map_(pa.string(), pa.float64())))
-    if [(r.prompt_id, r.rollout_index) for r in scored] != [(d.prompt_id, d.rollout_index) for d in decisions]:
-        raise DataError(
-            f"RS step {step}: {len(decisions)} decisions do not match {len(scored)} rollouts: "
-            "there must be one for each, in the same order"
-        )
-    rows = []
-    for r, d in zip(scored, decisions, strict=True):
-        row = {"step": step, "selected": d.selected, "reason": d.reason}
-        rows.append(row | {name: getattr(r, name) for name in schema.names if name not in row})
-    try:
-        return pa.Table.from_pylist(rows, schema=schema)
-    except UnicodeEncodeError as error:
-        raise DataError(f"RS step {step}: a text cannot be stored as UTF-8 ({error}): correct the prompts") from error

@@ -7,7 +7,8 @@ last bits of a score, and a decision must not.
 from typing import Any
 
 from alignment.ensemble import Ensemble, by_model
-from alignment.run_folder import MODEL_COLUMNS, RunFolder
+from alignment.rollout_table import MODEL_COLUMNS
+from alignment.run_folder import RunFolder
 from alignment.types import Rollout, ScoredRollout, with_reward
 
 Key = tuple[str, int, str]

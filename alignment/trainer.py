@@ -22,6 +22,7 @@ from alignment.rollout_engine import load_engine
 from alignment.run_folder import RunFolder
 from alignment.trained_policy import follow, load, policy_engine, write_adapters
 from alignment.types import Checkpoint, Rollout, StepUpdate
+from alignment.unchanged import check_unchanged
 from alignment.update import update as run_update
 from models.checkpoints import (
     last_checkpoint,
@@ -112,6 +113,7 @@ def load_trainer(config: Config, run: RunFolder, ranks: Ranks, *, updates_only: 
     if checkpoint:
         manifest = read_manifest(Path(checkpoint.uri))
         check_own(config, run, Path(checkpoint.uri))
+        check_unchanged(config, run, Path(checkpoint.uri))
     base_source = base_folder(config)
     source = checkpoint.uri if checkpoint else base_source
     placed = config.in_phase("update") if updates_only else config

@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignment.config import Config, parse_config
+from alignment.config import Config
 from alignment.errors import AlignmentError
 from alignment.lifeline import Stop, StopRequested
 from alignment.run_folder import RunFolder
 from alignment.types import RewardModelRef
+from alignment.unchanged import read_run_config
 
 if TYPE_CHECKING:
     from alignment.rs_step import Session
@@ -41,7 +42,7 @@ def main() -> None:
 def stoppable(run: RunFolder, ends_at: float | None, work: Callable[[Config, Stop], None]) -> None:
     """`work` under the config of `run`, as its sole writer, to its end or until asked to stop; errors are reported."""
     with reported_errors():
-        config = parse_config(run.config.read_text())
+        config = read_run_config(run)
         stop = Stop(grace_s=config.loop.stop_grace_s, ends_at=ends_at)
         stop.listen()
         # Workers that lost their owner may still be saving their last checkpoint.

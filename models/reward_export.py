@@ -94,7 +94,7 @@ def export_version(
         build = folder / f".building-{version}"
         try:
             digest = _build(build, model, tokenizer, serving)
-            whole = {**card, "name": name, "version": version, "digest": digest}
+            whole = {**card, "name": name, "version": version, "digest": digest, "files": _file_digests(build)}
             _write_json(build / "card.json", whole)
             if page is not None:
                 (build / "report.html").write_text(page(whole), encoding="utf-8")
@@ -113,7 +113,10 @@ def find_version(repository: Path, name: str, recipe_digest: str) -> RewardModel
 
 
 def read_version(repository: Path, name: str, version: str) -> RewardModelRef:
-    """A version's reference, after weights and graph were found to match the digest on its card. Raises ModelError."""
+    """A version's reference, after all its files were found to match the digests on its card. Raises ModelError.
+
+    A version that was exported before cards listed files is checked for its weights and its graph alone.
+    """
     folder = repository / name / version
     if not folder.is_dir():
         known = ", ".join(complete_versions(repository, name)) or "none"
@@ -128,6 +131,13 @@ def read_version(repository: Path, name: str, version: str) -> RewardModelRef:
             f"{folder} has the digest {digest}, its card.json says {card.get('digest')}: "
             f"the weights or the graph are damaged or were changed; delete {folder} and export again"
         )
+    for file, expected in card.get("files", {}).items():
+        path = folder / file
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+            raise ModelError(
+                f"{path} is missing or not what card.json says: it is damaged or was changed; put it back from a copy, "
+                f"or delete {folder} and export again"
+            )
     return RewardModelRef(name, version, digest, str(repository), card.get("accuracy"))
 
 
@@ -159,6 +169,15 @@ def _build(build: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     _write_json(build / "settings.json", {k: v for k, v in asdict(serving).items() if k not in elsewhere})
     settle_files(build)
     return weights_digest(build)
+
+
+def _file_digests(build: Path) -> dict[str, str]:
+    """sha256 of all that a server reads of a version, but for the weights and the graph, which have a digest."""
+    return {
+        path.relative_to(build).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(build.rglob("*"))
+        if path.is_file() and path.suffix not in (".safetensors", ".onnx")
+    }
 
 
 def claim_version(folder: Path) -> str:

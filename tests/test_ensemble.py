@@ -21,8 +21,9 @@ from alignment.errors import ConfigError
 from alignment.judge_stage import prepare_judge
 from alignment.records import validation_record
 from alignment.report_page import _model_charts
+from alignment.rollout_table import COLUMNS
 from alignment.rs_step import _score
-from alignment.run_folder import COLUMNS, RunFolder
+from alignment.run_folder import RunFolder
 from alignment.selection import select
 from alignment.stored_scores import stored_scores
 from alignment.types import RewardModelRef, Rollout

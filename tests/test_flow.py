@@ -12,7 +12,7 @@ import pytest
 
 import older_rs_flow
 from alignment.launch import run_workers
-from alignment.run_folder import COLUMNS
+from alignment.rollout_table import COLUMNS
 from flow_runs import ROOT, Place, processes_naming, wait_for
 from models.checkpoints import verify
 

@@ -206,6 +206,15 @@ def test_exporters_side_by_side_get_different_versions(tmp_path):
     assert len({read_version(tmp_path, "reward_model", v).digest for v in versions}) == 6
 
 
+@pytest.mark.parametrize("name", ["template.jinja", "settings.json", "model.py", "weights/config.json"])
+def test_whatever_else_a_version_is_served_from_is_refused_when_damaged(tmp_path, name):
+    export_tiny(tmp_path)
+    path = tmp_path / "reward_model" / "1" / name
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(ModelError, match=rf"{name} is missing or not what card.json says: .* put it back"):
+        read_version(tmp_path, "reward_model", "1")
+
+
 def test_damaged_weights_are_refused_by_name(tmp_path):
     export_tiny(tmp_path, recipe_digest="r1")
     path = tmp_path / "reward_model" / "1" / "weights" / "model.safetensors"
