@@ -7,6 +7,7 @@
 # make test-vllm VLLM_PYTHON=PATH  the tests of vLLM, by the python of an environment that has it
 # make test-clusters  runs on a real Slurm of several nodes on this machine, and what else wants daemons of a cluster;
 #               installs them by apt-get where they are missing
+# make fuzz     hostile input to every reader and to the reward server, some 18,000 inputs
 # All make the virtual environment first; a stamp keeps that instant when nothing changed.
 PYTHON ?= python3.11
 VENV := .venv
@@ -15,7 +16,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run control bench test test-slow test-long test-clusters test-all test-vllm lint clean help
+.PHONY: run control bench test test-slow test-long test-clusters test-all test-vllm fuzz lint clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -25,7 +26,7 @@ run: $(STAMP)
 
 ## The whole runs come first: they fill one of the two processes while the other does the rest.
 test: $(DEV_STAMP) lint
-	$(BIN)/python -m pytest -m "not slow and not long and not cluster" -n 2 --dist loadfile --no-loadscope-reorder tests/test_flow.py tests
+	$(BIN)/python -m pytest -m "not slow and not long and not cluster and not fuzz" -n 2 --dist loadfile --no-loadscope-reorder tests/test_flow.py tests
 
 ## Kills at every moment, one after the other: minutes of starting over.
 test-slow: $(DEV_STAMP)
@@ -46,6 +47,10 @@ test-clusters: $(DEV_STAMP)
 	$(BIN)/python -m pytest -m cluster tests
 
 test-all: test test-slow test-long
+
+## Files in one process, requests to the server in the other. FUZZ_SEED=N draws others.
+fuzz: $(DEV_STAMP)
+	DS_ACCELERATOR=cpu $(BIN)/python -m pytest -m fuzz -n 2 tests/test_fuzz.py
 
 ## vLLM and the reward server's backend do not share an environment: see requirements-vllm.txt.
 test-vllm:

@@ -16,9 +16,11 @@ from typing import Any
 from alignment.atomic_files import disk_errors, write_json, write_text
 from alignment.config import Config, parse_config
 from alignment.errors import AlignmentError, CheckpointError, ConfigError
+from alignment.links import link_out
 from alignment.preparation import total_steps
 from alignment.run_folder import RunFolder
 from alignment.s3 import is_s3
+from alignment.scorers_file import checked_scorers
 from alignment.workspace import find_run, first_id_in_s3
 
 SERVING = ("repository", "url", "version", "grpc_port", "timeout_s", "patience_s", "token_budget")
@@ -60,9 +62,11 @@ def check_own(config: Config, run: RunFolder, checkpoint: Path) -> None:
 
     A checkpoint of another run is this one's if its manifest came with `resume.from`.
     """
+    from models.checkpoints import read_manifest
+
     manifest, copy = checkpoint / "manifest.json", run.lineage / f"{checkpoint.name}.json"
     adopted = copy.is_file() and copy.read_bytes() == manifest.read_bytes()
-    origin = json.loads(manifest.read_text())["run_id"]
+    origin = read_manifest(checkpoint)["run_id"]
     if origin != run.path.name and not adopted:
         raise CheckpointError(
             f"{checkpoint} was written by the run {origin}: go on from it by --set resume.from={origin}"
@@ -92,7 +96,7 @@ def adopt(config: Config, source: RunFolder, run: RunFolder) -> None:
             f"resume.from ({source.uri}) was another task: {', '.join(different)}. Keep these keys, or start a new "
             f"run with policy.model={source.uri_of(Path(checkpoint.uri))}"
         )
-    scorers = json.loads(source.scorers.read_text())
+    scorers = checked_scorers(source)
     _check_goes_on(config, source, checkpoint.step, scorers["reward_model"]["version"])
     with disk_errors(run.path):
         for name in ("prompts", "judge", "lineage"):
@@ -181,6 +185,8 @@ def _adopt_checkpoint(folder: Path, place: Path) -> None:
 
 
 def _link_tree(source: Path, place: Path) -> None:
+    if link := link_out(source):
+        raise CheckpointError(f"{link} leads out of {source}: put a copy in its place, or remove it")
     for path in sorted(source.rglob("*")):
         if path.is_file():
             _link(path, place / path.relative_to(source))

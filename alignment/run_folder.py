@@ -22,6 +22,7 @@ from typing import IO, Any, Protocol
 from alignment.atomic_files import disk_errors, json_text, write_atomically
 from alignment.atomic_files import write_json as write_json
 from alignment.errors import AlignmentError, ConfigError, DataError
+from alignment.foreign_json import read_object
 from alignment.metrics_file import end_of_records, locked, mend, parse_record
 from alignment.types import Decision, ScoredRollout
 
@@ -151,10 +152,13 @@ class RunFolder:
 
         path = self.rollouts_file(step)
         try:
-            rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+            table = parquet.read_table(path)
+            _check_columns(table)
+            rows: list[dict[str, Any]] = table.to_pylist()
         except FileNotFoundError:
             raise DataError(f"{path} is not there: RS step {step} has not been selected in this run") from None
-        except (OSError, pyarrow.ArrowInvalid) as error:
+        # ValueError: also a text that is not UTF-8. MemoryError: a damaged page may ask for any size.
+        except (OSError, pyarrow.ArrowException, ValueError, OverflowError, MemoryError) as error:
             raise DataError(f"cannot read {path}: {error}; remove it and resume from a step before it") from error
         return rows
 
@@ -196,7 +200,7 @@ class RunFolder:
         return {
             r["step"]: r["reward_mean"]
             for r in self.read_metrics()
-            if r.get("kind") == "validation" and r["reward_mean"] is not None
+            if r.get("kind") == "validation" and isinstance(r.get("reward_mean"), int | float)
         }
 
     @contextlib.contextmanager
@@ -239,7 +243,7 @@ def create(root: str | Path, run_id: str, config_json: str) -> RunFolder:
     with disk_errors(folder.path):
         for path in (folder.path, folder.checkpoints):
             path.mkdir(parents=True, exist_ok=True)
-    if folder.config.exists() and json.loads(folder.config.read_text()) != json.loads(config_json):
+    if folder.config.exists() and read_object(folder.config, DataError, "move it away") != json.loads(config_json):
         raise DataError(f"{folder.path} holds another run's files: set run.root to another folder, or move them away")
     write_atomically(folder.config, lambda file: file.write(config_json.encode()))
     latest, waiting = Path(root) / "latest", Path(root) / f".latest-{os.getpid()}"
@@ -262,6 +266,18 @@ def _try_lock(file: IO[str]) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _check_columns(table: Any) -> None:
+    """Raise ValueError where a column of COLUMNS is missing, there twice, of another type, or has gaps."""
+    import pyarrow as pa
+
+    for name, kind in COLUMNS.items():
+        found = [table.schema.field(i).type for i in table.schema.get_all_field_indices(name)]
+        if found != [getattr(pa, kind)()]:
+            raise ValueError(f"its column {name} is {', '.join(map(str, found)) or 'missing'}, not {kind}")
+        if name != "log_prob" and table[name].null_count:  # of an answer that the policy did not draw
+            raise ValueError(f"its column {name} has rows without a value")
 
 
 def _rollout_table(step: int, scored: Sequence[ScoredRollout], decisions: Sequence[Decision]) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 from alignment.atomic_files import disk_errors, write_text
 from alignment.errors import ModelError, StorageConflict
+from alignment.links import link_out
 from alignment.s3 import is_s3
 from alignment.s3_objects import list_objects, read_bytes, write_bytes
 from alignment.workspace import child
@@ -95,6 +96,8 @@ def copy_folder(uri: str, folder: Path, on_note: Callable[[str], None], *, last:
 
         pull_folder(uri, folder, last=last, on_note=on_note)
     elif not is_s3(uri) and Path(uri).is_dir():
+        if link := link_out(Path(uri)):
+            raise ModelError(f"{link} leads out of {uri}: what is registered must lie in its own folder")
         with disk_errors(folder):
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(uri, folder)
