@@ -33,27 +33,31 @@ FileName = Annotated[str, Field(pattern=r"^[^/\x00]+$", max_length=200)]
 Digests = dict[FileName, str]
 
 
-class _Code(BaseModel):
+class _Shape(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Code(_Shape):
     sha256: str
     commit: str | None
     dirty: bool | None
 
 
-class _Judge(BaseModel):
+class _Judge(_Shape):
     files: Digests
 
 
-class _Selection(BaseModel):
+class _Selection(_Shape):
     strategy: str
 
 
-class _Position(BaseModel):
+class _Position(_Shape):
     seed: int
     prompts_read: int
     epoch: int
 
 
-class _Parent(BaseModel):
+class _Parent(_Shape):
     model: str | None = None
     weights_sha256: str | None = None
     revision: str | None = None
@@ -61,10 +65,8 @@ class _Parent(BaseModel):
     manifest_sha256: str | None = None
 
 
-class ProvenanceShape(BaseModel):
+class ProvenanceShape(_Shape):
     """What `alignment.lineage` relies on in a manifest beside `models.checkpoints.ManifestShape`."""
-
-    model_config = ConfigDict(strict=True)
 
     step: int = Field(ge=0, lt=MOST_STEPS)
     run_id: str

@@ -1,5 +1,6 @@
 """scorers.json as others may have left it: references of the shape that this program writes, or an error."""
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -32,7 +33,8 @@ def reward_references(run: RunFolder, found: Mapping[str, Any], key: str) -> lis
 def reference(run: RunFolder, kind: type[Reference], value: Any, key: str) -> Reference:
     """A reference as scorers.json has it. Raises DataError for another shape."""
     try:
-        made: Reference = TypeAdapter(kind).validate_python(value, strict=True)
+        # As JSON, of which a strict reading takes an object for a dataclass.
+        made: Reference = TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, (key, *first["loc"])))

@@ -225,7 +225,9 @@ def _digest(entry: Entry, folder: Path) -> str:
 def _read_entry(root: str, name: str, version: int) -> Entry:
     place = place_of(root, name, f"{version}.json")
     try:
-        found: Entry = TypeAdapter(Entry).validate_python(parse_object(read_file(place) or b""), strict=True)
+        values = parse_object(read_file(place) or b"")
+        # As JSON, of which a strict reading takes an object for a dataclass.
+        found: Entry = TypeAdapter(Entry).validate_json(json.dumps(values), strict=True)
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{place} is no entry of a registry ({reason}): remove it") from error
