@@ -7,7 +7,7 @@
 # make test-vllm VLLM_PYTHON=PATH  the tests of vLLM, by the python of an environment that has it
 # make test-clusters  runs on a real Slurm of several nodes on this machine, and what else wants daemons of a cluster;
 #               installs them by apt-get where they are missing
-# make fuzz     hostile input to every reader and to the reward server, some 18,000 inputs
+# make fuzz     hostile input to every reader and to the reward server, some 30,000 inputs
 # All make the virtual environment first; a stamp keeps that instant when nothing changed.
 PYTHON ?= python3.11
 VENV := .venv

@@ -209,7 +209,7 @@ def _checked(manifest: Manifest, path: Path) -> Manifest:
         ProvenanceShape.model_validate(manifest)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])[:80]
+        key = " ".join(".".join(str(part) for part in first["loc"]).split())[:80]
         raise CheckpointError(f"{path} was not written by this program: {key}: {first['msg']}") from None
     return manifest
 

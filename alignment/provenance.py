@@ -28,8 +28,8 @@ PACKAGES = (
 SOURCES = ("alignment", "models", "infra", "triton_repo", "flows")
 
 
-FileName = Annotated[str, Field(pattern=r"^[^/\x00]+$", max_length=200)]
-"""Of a file that lies in a folder itself: \"..\" is a folder, so what it names is missing."""
+FileName = Annotated[str, Field(pattern=r"^[^/\x00-\x1f\x7f]+$", max_length=200)]
+"""Of a file that lies in a folder itself. A folder, `..` say, is no file, so what it names is missing."""
 Digests = dict[FileName, str]
 
 

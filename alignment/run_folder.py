@@ -159,7 +159,8 @@ class RunFolder:
             raise DataError(f"{path} is not there: RS step {step} has not been selected in this run") from None
         # ValueError: also a text that is not UTF-8. MemoryError: a damaged page may ask for any size.
         except (OSError, pyarrow.ArrowException, ValueError, OverflowError, MemoryError) as error:
-            raise DataError(f"cannot read {path}: {error}; remove it and resume from a step before it") from error
+            reason = " ".join(str(error).split())
+            raise DataError(f"cannot read {path}: {reason}; remove it and resume from a step before it") from error
         return rows
 
     def append_metrics(self, record: dict[str, Any]) -> None:

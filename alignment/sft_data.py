@@ -166,7 +166,7 @@ def read_examples(config: Config, run: Path) -> SftData:
             if table.schema != _schema():
                 raise ValueError("it has other columns")
         except (OSError, pyarrow.ArrowException, ValueError, MemoryError) as error:
-            raise DataError(f"cannot read {path}: {error}; start a new run") from error
+            raise DataError(f"cannot read {path}: {' '.join(str(error).split())}; start a new run") from error
         return Examples(table)
 
     has_validation = (run / "examples" / f"{VALIDATION}.parquet").exists()

@@ -40,7 +40,7 @@ MOST_STEPS = 10**9
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Step = Annotated[int, Field(ge=0, lt=MOST_STEPS)]
-FileName = Annotated[str, Field(pattern=r"^[^\x00]+$", max_length=255)]
+FileName = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=255)]
 
 
 class FileEntry(BaseModel):
@@ -288,7 +288,7 @@ def _checked(manifest: Any, folder: Path, name: str) -> dict[str, Any]:
         shape = ManifestShape.model_validate(manifest)
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
-        key = ".".join(str(part) for part in first["loc"])[:80]
+        key = " ".join(".".join(str(part) for part in first["loc"]).split())[:80]
         raise CheckpointError(f"{path} was not written by this program: {key}: {first['msg']}") from error
     if name != checkpoint_folder(folder.parent, shape.step).name:
         raise CheckpointError(f"{path} is of RS step {shape.step}, which is not the folder's: it was renamed")

@@ -14,6 +14,7 @@ from alignment.errors import ConfigError, DataError, ModelError
 from alignment.types import Conversation, Prompt
 from models.memory import is_out_of_memory
 from models.quiet import quiet_transformers
+from models.tokenizer_file import check_tokenizer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -93,6 +94,7 @@ def load_reader(source: str | Path, *, prompt_format: PromptFormat, chat_templat
     Raises ModelError or ConfigError.
     """
     with _named_errors(source):
+        check_tokenizer(source)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         context = getattr(config.get_text_config(), "max_position_embeddings", None)

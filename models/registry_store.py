@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -69,7 +70,7 @@ def read_alias(place: str) -> tuple[int | None, Any]:
 
 
 def _number(place: str, text: str) -> int:
-    if not (text.isascii() and text.isdecimal()):
+    if not re.fullmatch(r"[0-9]{1,9}", text):
         raise ModelError(f"{place} is no alias of a registry: it says {text[:20]!r}; remove it, then promote again")
     return int(text)
 

@@ -226,6 +226,8 @@ def parse_card(data: bytes, folder: str) -> dict[str, Any]:
         accuracy = card.get("accuracy")
         if accuracy is not None and not (type(accuracy) in (int, float) and 0 <= accuracy <= 1):
             raise ValueError(f"its accuracy {accuracy!r:.20} is no share")
+        if not str(card.get("digest")).isprintable():
+            raise ValueError("its digest is none")
     except ValueError as error:
         raise ModelError(f"{folder}/card.json cannot be read ({error}); delete {folder} and export again") from error
     return card

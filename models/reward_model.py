@@ -32,6 +32,7 @@ from alignment.errors import ConfigError, ModelError
 from alignment.types import Message
 from models.quiet import quiet_transformers
 from models.reward_losses import merged_reward
+from models.tokenizer_file import check_tokenizer
 
 PASS_TOKENS = {"cpu": 24, "cuda": 1024}
 """What a forward pass costs beside its tokens, in tokens: on a CPU 9 ms at 0.31 ms a token; guessed for a GPU."""
@@ -76,6 +77,7 @@ def load_reader(source: str, *, num_outputs: int = 1) -> tuple[PretrainedConfig,
     if source.startswith(("/", ".", "~")) and not Path(source).is_dir():
         raise ModelError(f"reward.model ({source}): no such folder; give a model folder or a hub name")
     with _named_errors(source, num_outputs):
+        check_tokenizer(source)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         return AutoConfig.from_pretrained(source, num_labels=num_outputs, trust_remote_code=False), tokenizer
 

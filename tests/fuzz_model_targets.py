@@ -14,7 +14,7 @@ from safetensors.numpy import save as save_tensors
 from alignment.embedded import policy_folder, reward_model_folder
 from fuzz_mutations import mutated_bytes, mutated_json
 from fuzz_targets import Target, copy_once, said
-from models.checkpoints import read_optimizer_state
+from models.checkpoints import folder_digest, read_optimizer_state
 from models.judge import HASH_SIZE, load_judge
 from models.policy import load_policy
 from models.registry import Entry, aliases, entries, fetch, find, names
@@ -30,9 +30,10 @@ def model_targets(place: Path) -> list[Target]:
     tensors = save_tensors({"a": np.zeros((2, 3), np.float32), "b": np.ones(4, np.float32)})
     judge = save_tensors({name: np.zeros(2 * HASH_SIZE, np.float32) for name in ("scale", "weights")})
     card = {"name": "rm", "version": "1", "digest": SHA, "accuracy": 0.75, "recipe_digest": "r", "data": {"pairs": 3}}
-    entry = Entry("policy", 1, "policy", str(place / "models" / "1"), SHA, "2026-01-01", "run", {"step": 1})
-    export = replace(entry, name="reward_model", kind="reward_model", uri=str(place / "triton_repo" / "rm" / "1"))
     _write_export(place / "triton_repo" / "rm", card)
+    weights = place / "triton_repo" / "rm" / "1" / "weights"
+    entry = Entry("policy", 1, "policy", str(weights), folder_digest(weights), "2026-01-01", "run", {"step": 1})
+    export = replace(entry, name="reward_model", kind="reward_model", uri=str(weights.parent))
     policy, reward = policy_folder("tiny", place / "cache"), reward_model_folder("tiny", place / "cache")
 
     def read_tensors(data: bytes, folder: Path) -> object:
@@ -60,7 +61,7 @@ def model_targets(place: Path) -> list[Target]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
         (folder / "registry" / name / "aliases").mkdir(exist_ok=True)
-        (folder / "registry" / name / "aliases" / "promoted").write_bytes(data[:2])
+        (folder / "registry" / name / "aliases" / "promoted").write_bytes(b"1" if len(data) % 5 else data[-9000:])
         shutil.rmtree(folder / "fetched", ignore_errors=True)
         root = str(folder)
         return (
@@ -71,19 +72,21 @@ def model_targets(place: Path) -> list[Target]:
         )
 
     return [
-        Target("optimizer state", 600, lambda rng: mutated_bytes(rng, [tensors]), read_tensors),
-        Target("tensor shapes", 600, lambda rng: mutated_bytes(rng, [tensors]), read_shapes),
-        Target("judge", 60, lambda rng: mutated_head(rng, judge), read_judge),
-        Target("card", 500, lambda rng: mutated_json(rng, [card]), read_card),
-        Target("registry", 600, lambda rng: mutated_json(rng, [asdict(entry), asdict(export)]), read_entry),
-        _folder_target("policy folder", 200, policy, lambda folder: load_policy(folder, prompt_format="chat")),
-        _folder_target("reward folder", 200, reward, lambda folder: load_reward_model(str(folder))),
+        Target("optimizer state", 1500, lambda rng: mutated_bytes(rng, [tensors]), read_tensors),
+        Target("tensor shapes", 1500, lambda rng: mutated_bytes(rng, [tensors]), read_shapes),
+        Target("judge", 200, lambda rng: mutated_head(rng, judge), read_judge),
+        Target("card", 1000, lambda rng: mutated_json(rng, [card]), read_card),
+        Target("registry", 1000, lambda rng: mutated_json(rng, [asdict(entry), asdict(export)]), read_entry),
+        _folder_target("policy folder", 500, policy, lambda folder: load_policy(folder, prompt_format="chat")),
+        _folder_target("reward folder", 500, reward, lambda folder: load_reward_model(str(folder))),
     ]
 
 
 def mutated_head(rng: random.Random, data: bytes) -> bytes:
-    """Damage in the first bytes of a file that is large."""
-    return mutated_bytes(rng, [data[:300]]) + data[300:]
+    """Damage in the first bytes of a file that is large, or behind them."""
+    if rng.random() < 0.7:
+        return mutated_bytes(rng, [data[:300]]) + data[300:]
+    return data[:400] + bytes([rng.randrange(256)]) * 8 + data[408:]
 
 
 def _write_export(folder: Path, card: dict[str, Any]) -> None:

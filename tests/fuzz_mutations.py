@@ -54,12 +54,12 @@ VALUES: tuple[Any, ...] = (
 )
 
 
-def nested(depth: int, *, of: type = list) -> Any:
-    """A list or an object of one element, so many levels deep."""
-    value: Any = 1
-    for _ in range(depth):
-        value = [value] if of is list else {"a": value}
-    return value
+NESTS = {
+    f"<{depth} {kind}>": text
+    for depth in (20, 150, 900, 20_000)
+    for kind, text in (("lists", "[" * depth + "]" * depth), ("objects", '{"a":' * depth + "1" + "}" * depth))
+}
+"""Texts of deeply nested JSON, by what stands for them in a value: a value itself is too deep for Python to copy."""
 
 
 def mutated_bytes(rng: random.Random, seeds: Sequence[bytes], tokens: Sequence[bytes] = TOKENS) -> bytes:
@@ -103,7 +103,7 @@ def mutated_value(rng: random.Random, value: Any) -> Any:
             case 2 if isinstance(holder, list) and holder is not root:
                 holder.insert(key, copy.deepcopy(holder[key]))
             case 3:
-                holder[key] = nested(rng.choice((20, 150, 900)), of=rng.choice((list, dict)))
+                holder[key] = rng.choice(list(NESTS))
             case 4:
                 holder[key] = copy.deepcopy(rng.choice([holder[key] for holder, key in _places(root)]))
             case _:
@@ -128,12 +128,16 @@ def mutated_json(rng: random.Random, values: Sequence[Any]) -> bytes:
     value = rng.choice(values)
     if rng.random() < 0.8:
         value = mutated_value(rng, value)
-    text = json.dumps(value, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
-    return text if rng.random() < 0.75 else mutated_bytes(rng, [text])
+    text = json.dumps(value, ensure_ascii=rng.random() < 0.5)
+    for name, nest in NESTS.items():
+        text = text.replace(f'"{name}"', nest)
+    data = text.encode("utf-8", "surrogatepass")
+    return data if rng.random() < 0.75 else mutated_bytes(rng, [data])
 
 
 def mutated_lines(rng: random.Random, records: Sequence[Any]) -> bytes:
     """A few JSON lines, of which most are good."""
     lines = [json.dumps(rng.choice(records)).encode() for _ in range(rng.randrange(3))]
-    lines.insert(rng.randrange(len(lines) + 1), mutated_json(rng, records))
+    if rng.random() < 0.9:
+        lines.insert(rng.randrange(len(lines) + 1), mutated_json(rng, records))
     return b"\n".join(lines) + rng.choice((b"", b"\n", b"\r\n"))

@@ -88,7 +88,7 @@ def run_targets(place: Path) -> list[Target]:
         return said(lambda: [lineage.main([str(copied.path), "--step", "1"]), copied.read_rollouts(1)])
 
     return [
-        Target("rollouts", 900, lambda rng: mutated_bytes(rng, [rollouts]), read_rollouts),
+        Target("rollouts", 2000, lambda rng: mutated_bytes(rng, [rollouts]), read_rollouts),
         Target(
             "examples", 300, lambda rng: mutated_bytes(rng, [examples]),
             placed("examples/train-000.parquet", lambda folder: list(read_examples(config, folder.path).train[0])),
@@ -98,9 +98,9 @@ def run_targets(place: Path) -> list[Target]:
             "stored prompts", 300, lambda rng: mutated_lines(rng, stored),
             placed("prompts/train.jsonl", lambda folder: load_prompts(folder.path, "train")),
         ),
-        Target("scorers", 500, lambda rng: mutated_json(rng, [scorers]), placed("scorers.json", checked_scorers)),
-        Target("manifest", 900, lambda rng: mutated_json(rng, [manifest]), read_manifest),
-        Target("lineage", 500, lambda rng: mutated_json(rng, [manifest]), read_lineage),
+        Target("scorers", 1000, lambda rng: mutated_json(rng, [scorers]), placed("scorers.json", checked_scorers)),
+        Target("manifest", 2000, lambda rng: mutated_json(rng, [manifest]), read_manifest),
+        Target("lineage", 1000, lambda rng: mutated_json(rng, [manifest]), read_lineage),
     ]  # fmt: skip
 
 

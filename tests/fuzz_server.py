@@ -16,7 +16,7 @@ from tritonclient.grpc import service_pb2 as wire
 
 from alignment.scoring import RewardClient
 from flow_runs import processes_naming
-from fuzz_mutations import mutated_bytes, mutated_json, nested
+from fuzz_mutations import NESTS, mutated_bytes, mutated_json
 from reward_fixtures import ServedRewardModel, descendants
 
 ANSWER_S = 120
@@ -46,9 +46,7 @@ METHODS = (
 
 
 def conversation(rng: random.Random) -> bytes:
-    if rng.random() < 0.1:
-        return json.dumps(nested(rng.choice((200, 900)))).encode()
-    return mutated_json(rng, CONVERSATIONS)
+    return rng.choice(list(NESTS.values())).encode() if rng.random() < 0.1 else mutated_json(rng, CONVERSATIONS)
 
 
 def http_body(rng: random.Random) -> tuple[bytes, dict[str, str]]:
@@ -124,9 +122,9 @@ def check_grpc(channel: grpc.Channel, method: str, data: bytes) -> str:
     """The status of the answer. Fails where there is none in time, or where it holds what no answer may."""
     call = channel.unary_unary(f"/inference.GRPCInferenceService/{method}", None, None)
     try:
-        answer, status, details = call(data, timeout=ANSWER_S, wait_for_ready=True), "OK", ""
+        answer, status, details = call(data, timeout=ANSWER_S, wait_for_ready=True) or b"", "OK", ""
     except grpc.RpcError as error:
-        answer, status, details = b"", error.code().name, error.details()
+        answer, status, details = b"", error.code().name, error.details() or ""
     assert status != "DEADLINE_EXCEEDED", (method, data[:3000])
     assert b"Traceback" not in answer and "Traceback" not in details, (method, data[:3000], details)
     if method == "ModelInfer" and status == "OK":

@@ -94,10 +94,10 @@ def jsonl(name: str, inputs: int, records: Sequence[Any], read: Callable[[str, P
 def data_targets() -> list[Target]:
     """Files of prompts, pairs, ratings and demonstrations."""
     return [
-        *jsonl("prompts", 1200, PROMPTS, lambda path, cache: read_prompts(path, cache, lambda *_: None)),
-        *jsonl("preferences", 1200, PAIRS, read_pairs),
-        *jsonl("ratings", 800, RATINGS, lambda path, cache: read_ratings(path, cache, ["good", "long"])),
-        *jsonl("demonstrations", 800, DEMONSTRATIONS, read_demonstrations),
+        *jsonl("prompts", 2000, PROMPTS, lambda path, cache: read_prompts(path, cache, lambda *_: None)),
+        *jsonl("preferences", 2000, PAIRS, read_pairs),
+        *jsonl("ratings", 1500, RATINGS, lambda path, cache: read_ratings(path, cache, ["good", "long"])),
+        *jsonl("demonstrations", 1500, DEMONSTRATIONS, read_demonstrations),
     ]
 
 
@@ -121,10 +121,10 @@ def config_targets() -> list[Target]:
         return settings(_parser().parse_args(["--costs", str(folder / "costs.yaml")]))
 
     return [
-        Target("preset", 1500, preset, read_preset),
+        Target("preset", 3000, preset, read_preset),
         Target(
             "override",
-            1500,
+            4000,
             lambda rng: mutated_bytes(rng, OVERRIDES, YAML_TOKENS),
             lambda data, _: load_config(SMOKE, [data.decode("utf-8", "surrogateescape").replace("\0", "")]),
         ),

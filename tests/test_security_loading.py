@@ -150,7 +150,7 @@ ESCAPES = (
     "{{ messages.__class__.__base__ }}",
     "{{ cycler.__init__.__globals__.os.mkdir(sign) }}",
     "{% set _ = messages.append(1) %}",
-    "{{ raise_exception.__globals__ }}",
+    "{{ raise_exception.__globals__.keys() }}",
     "{{ 1 / 0 }}",
     "{{ messages[99].content }}",
     "{{ ''.join(5) }}",
