@@ -27,6 +27,7 @@ from alignment.lifeline import ELSEWHERE_S, INTERRUPTED_S, interrupt_grace_s
 from alignment.node_gpus import hold_one
 from alignment.run_folder import RunFolder, write_json
 from alignment.run_metrics import RunProgress, progress_file
+from alignment.types import JudgeRef
 from flow_runs import ROOT, SMOKE
 from sources import parse_preset
 
