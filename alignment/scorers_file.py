@@ -36,7 +36,7 @@ def reference(run: RunFolder, kind: type[Reference], value: Any, key: str) -> Re
         # As JSON, of which a strict reading takes an object for a dataclass.
         made: Reference = TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
+        first: Any = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, (key, *first["loc"])))
         raise DataError(f"{run.scorers}: {where}: {first['msg']}: it was not written by this program") from None
     return made
