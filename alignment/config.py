@@ -201,7 +201,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
+            event: Any = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.composer.ComposerError(None, None, f"*{event.anchor}: write the value out", event.start_mark)
         return super().compose_node(parent, index)
 

@@ -151,9 +151,9 @@ def test_the_search_would_find_a_secret(tmp_path: Path) -> None:
 
 
 def test_a_run_s_own_code_unpickles_nothing(watched: Watched) -> None:
-    """Metaflow reads its own artifacts, and the ranks of a step exchange lists (see docs/security.md): nothing else."""
+    """The ranks of a step exchange lists by torch.distributed, Metaflow reads its own artifacts: nothing else."""
     lines = (watched.place.path / "unpickled.txt").read_text().splitlines()
-    assert lines  # Metaflow's
+    assert lines  # of the two ranks, which exchange what they scored
     own = [line for line in lines if unpickled_by(line) in ("alignment", "models", "triton_repo", "infra")]
     assert own == []
 
