@@ -9,6 +9,7 @@
 #               S3 server, manifests and alerts by kubectl and promtool; by apt-get where these daemons are missing
 # make test-faults  runs under faults drawn from a seed, within an hour; FAULTS=short a few of each kind; SEED=N and
 #               ONLY=NAME repeat what failed (docs/faults.md)
+# make fuzz     hostile input to every reader and to the reward server, some 30,000 inputs
 # All make the virtual environment first; a stamp keeps that instant when nothing changed.
 PYTHON ?= python3.11
 VENV := .venv
@@ -17,7 +18,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run control bench test test-slow test-long test-clusters test-faults test-all test-vllm lint clean help
+.PHONY: run control bench test test-slow test-long test-clusters test-faults test-all test-vllm fuzz lint clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -27,7 +28,7 @@ run: $(STAMP)
 
 ## The whole runs come first: they fill one of the two processes while the other does the rest.
 test: $(DEV_STAMP) lint
-	$(BIN)/python -m pytest -m "not slow and not long and not cluster" -n 2 --dist loadfile --no-loadscope-reorder tests/test_flow.py tests
+	$(BIN)/python -m pytest -m "not slow and not long and not cluster and not fuzz" -n 2 --dist loadfile --no-loadscope-reorder tests/test_flow.py tests
 
 ## Kills at every moment, one after the other: minutes of starting over.
 test-slow: $(DEV_STAMP)
@@ -58,6 +59,10 @@ test-faults: $(DEV_STAMP)
 	  $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only $(ONLY))
 
 test-all: test test-slow test-long
+
+## Files in one process, requests to the server in the other. FUZZ_SEED=N draws others.
+fuzz: $(DEV_STAMP)
+	DS_ACCELERATOR=cpu $(BIN)/python -m pytest -m fuzz -n 2 tests/test_fuzz.py
 
 ## vLLM and the reward server's backend do not share an environment: see requirements-vllm.txt.
 test-vllm:

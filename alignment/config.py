@@ -5,7 +5,7 @@ across sections stand in `alignment.config_checks`. Stage functions take plain a
 stops at the worker and the flow steps.
 """
 
-import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -39,6 +39,12 @@ from alignment.config_sections import (
 from alignment.config_slurm import SlurmSection
 from alignment.config_training import RewardTrainingSection, SftSection, TrainingSection
 from alignment.errors import ConfigError
+from alignment.foreign_json import parse_object
+
+LONGEST = 100_000
+"""Characters of a config; one with all its fields has some ten thousand."""
+DEEPEST = 8
+"""Sections in one another that an override may name; the config has three."""
 
 
 class Config(Section):
@@ -128,27 +134,31 @@ class Config(Section):
 
 def parse_config(text: str) -> Config:
     """A config from YAML or JSON text. Raises ConfigError with one line per bad key."""
-    return validate_config(_read_yaml(text, "the config"))
+    return validate_config(read_mapping(text, "the config"))
 
 
-def same_config(one: str, other: str) -> bool:
-    """Whether two JSON texts are the same config, of which one may have been written before there were some keys."""
-    if json.loads(one) == json.loads(other):
-        return True
+def same_config(one: bytes, other: bytes) -> bool:
+    """Whether two JSON texts are the same config, of which one may have been written before there were some keys.
+
+    What cannot be read is the same as nothing.
+    """
     try:
-        return parse_config(one) == parse_config(other)
-    except ConfigError:
+        if parse_object(one) == parse_object(other):
+            return True
+        return parse_config(one.decode()) == parse_config(other.decode())
+    except (ValueError, ConfigError):
         return False
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """A preset with `section.field=value` overrides folded in. Raises ConfigError."""
     try:
-        text = Path(path).read_text()
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"cannot read the config {path}: {reason}; presets are in configs/") from error
-    return validate_config(apply_overrides(_read_yaml(text, str(path)), overrides))
+    return validate_config(apply_overrides(read_mapping(text, str(path)), overrides))
 
 
 def validate_config(values: dict[str, Any]) -> Config:
@@ -156,7 +166,7 @@ def validate_config(values: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_line(e) for e in error.errors())) from None
+        raise ConfigError("\n".join(" ".join(_line(e).splitlines()) for e in error.errors())) from None
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -164,53 +174,74 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
     result = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
     for override in overrides:
         key, equals, raw = override.partition("=")
+        said = f"--set {' '.join(override.split())}"
         if not equals or not key:
-            raise ConfigError(f"--set {override}: expected section.field=value, e.g. --set training.lr=1e-5")
+            raise ConfigError(f"{said}: expected section.field=value, e.g. --set training.lr=1e-5")
         *sections, name = key.split(".")
-        value = _read_yaml_value(raw, f"--set {override}")
+        if len(sections) > DEEPEST:
+            raise ConfigError(f"{said}: names {len(sections)} sections in one another; the config has three")
+        value = _read_yaml_value(raw, said)
         if isinstance(value, dict) and not sections:  # a section, which changes what it names
-            value = {**_section(result, name, override), **value}
+            value = {**_section(result, name, said), **value}
         inner = result
         for one in sections:
-            own = dict(_section(inner, one, override))
+            own = dict(_section(inner, one, said))
             inner[one] = own
             inner = own
         inner[name] = value
     return result
 
 
-def _section(values: dict[str, Any], name: str, override: str) -> dict[str, Any]:
+def _section(values: dict[str, Any], name: str, said: str) -> dict[str, Any]:
     section = values.get(name) or {}
     if not isinstance(section, dict):
-        raise ConfigError(f"--set {override}: {name} is not a section")
+        raise ConfigError(f"{said}: {name} is not a section")
     return section
 
 
-def _read_yaml(text: str, source: str) -> dict[str, Any]:
+def read_mapping(text: str, source: str) -> dict[str, Any]:
+    """The mapping that a YAML text is; `source` is what errors call it. Raises ConfigError."""
     values = _read_yaml_value(text, source)
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{source}: expected a mapping of sections, got {type(values).__name__}: {str(values)[:60]}")
+        found = f"{type(values).__name__}: {str(values)[:60]!r}"
+        raise ConfigError(f"{source}: expected a mapping of sections, got {found}")
     return values
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML whose mappings name a key once: the second of two sections would silently replace the first."""
+    """YAML whose mappings name a key once: the second of two sections would silently replace the first.
+
+    Aliases are not read: a few lines of them stand for a value that fills the memory as soon as it is written out.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, f"*{event.anchor}: write the value out", event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for i, key in enumerate(keys) if key in keys[:i]]
+        if not isinstance(node, yaml.MappingNode):
+            raise yaml.constructor.ConstructorError(None, None, "expected keys with values", node.start_mark)
+        keys = Counter(self.construct_object(key, deep=True) for key, _ in node.value)
+        twice = [key for key, count in keys.items() if count > 1]
         if twice:
             raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} stands there twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 def _read_yaml_value(text: str, source: str) -> Any:
+    if len(text) > LONGEST:
+        raise ConfigError(f"{source}: has more than {LONGEST} characters: is it a config?")
     try:
         return yaml.load(text, _UniqueKeys)
-    except yaml.YAMLError as error:
+    # PyYAML passes on what int(), float() and date() say of a text that looks like one, or is tagged as one.
+    except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, TypeError) as error:
         raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{source}: not valid YAML: it nests too deeply") from None
 
 
 def _line(error: Any) -> str:

@@ -33,7 +33,7 @@ def _clock_text(value: Any) -> Any:
 
 Number = Annotated[float, BeforeValidator(_exact_float)]
 Name = Annotated[str, BeforeValidator(_name_text)]
-Clock = Annotated[str, BeforeValidator(_clock_text), Field(pattern=r"^\d+:[0-5]?\d:[0-5]?\d:[0-5]?\d$")]
+Clock = Annotated[str, BeforeValidator(_clock_text), Field(pattern=r"^\d{1,4}:[0-5]?\d:[0-5]?\d:[0-5]?\d$")]
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+(/[0-9]+)?$")]
 
 

@@ -16,9 +16,11 @@ from typing import Any
 from alignment.atomic_files import disk_errors, write_json, write_text
 from alignment.config import Config, parse_config
 from alignment.errors import AlignmentError, CheckpointError, ConfigError
+from alignment.links import link_out
 from alignment.preparation import total_steps
 from alignment.run_folder import RunFolder
 from alignment.s3 import is_s3
+from alignment.scorers_file import checked_scorers
 from alignment.types import Checkpoint
 from alignment.workspace import find_run, first_id_in_s3
 
@@ -69,9 +71,11 @@ def check_own(config: Config, run: RunFolder, checkpoint: Path) -> None:
 
     A checkpoint of another run is this one's if its manifest came with `resume.from`.
     """
+    from models.checkpoints import read_manifest
+
     manifest, copy = checkpoint / "manifest.json", run.lineage / f"{checkpoint.name}.json"
     adopted = copy.is_file() and copy.read_bytes() == manifest.read_bytes()
-    origin = json.loads(manifest.read_text())["run_id"]
+    origin = read_manifest(checkpoint)["run_id"]
     if origin != run.path.name and not adopted:
         raise CheckpointError(
             f"{checkpoint} was written by the run {origin}: go on from it by --set resume.from={origin}"
@@ -101,7 +105,7 @@ def adopt(config: Config, source: RunFolder, run: RunFolder) -> None:
             f"resume.from ({source.uri}) was another task: {', '.join(different)}. Keep these keys, or start a new "
             f"run with policy.model={source.uri_of(Path(checkpoint.uri))}"
         )
-    scorers = json.loads(source.scorers.read_text())
+    scorers = checked_scorers(source)
     _check_goes_on(config, source, checkpoint.step, scorers["reward_model"]["version"])
     with disk_errors(run.path):
         for name in ("prompts", "judge", "lineage", "reused"):
@@ -215,7 +219,9 @@ def _adopt_checkpoint(folder: Path, place: Path) -> None:
 
 
 def link_tree(source: Path, place: Path) -> None:
-    """`link` for all files of a folder, which need not be there."""
+    """`link` for all files of a folder, which need not be there. Raises CheckpointError for a link out of it."""
+    if leads_out := link_out(source):
+        raise CheckpointError(f"{leads_out} leads out of {source}: put a copy in its place, or remove it")
     for path in sorted(source.rglob("*")):
         if path.is_file():
             link(path, place / path.relative_to(source))

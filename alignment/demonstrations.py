@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from alignment.errors import DataError
-from alignment.files import local_copy, read_jsonl
+from alignment.files import local_copy, named, read_jsonl
 from alignment.preferences import conversation, parse_messages, shared_prompt
 from alignment.prompts import PromptText, prompt_text
 from alignment.reviews import review_demonstrations
@@ -164,7 +164,7 @@ def _turns(record: dict[str, Any], place: str) -> tuple[Sequence[Message], Count
             return conversation(sides[0], sides[1]), _any
     raise DataError(
         f'{place}: expected "input" and "output", "messages", "conversations", or "chosen" and "rejected", '
-        f"found {', '.join(record) or 'none'}"
+        f"found {named(record) or 'none'}"
     )
 
 

@@ -10,7 +10,6 @@ random numbers. After that it is lost; up to `phases.max_lost_shards` of them th
 which are never made up for, and names them in its record.
 """
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -27,6 +26,7 @@ from alignment.preparation import load_prompt_sets, total_steps
 from alignment.rollback import settle
 from alignment.rollouts import in_prompt_order
 from alignment.run_folder import RunFolder
+from alignment.scorers_file import checked_scorers
 from alignment.stages import begin, prepare_scorers
 from alignment.step_rules import decide, step_prompts, without_rollouts
 from alignment.task import claim_devices
@@ -93,7 +93,7 @@ def with_scorers(config: Config, place: Place) -> Plain:
 
 
 def _with_scorers(run: RunFolder, place: Place) -> Plain:
-    scorers = json.loads(run.scorers.read_text())
+    scorers = checked_scorers(run)
     return {**place, "reward_model_ref": scorers["reward_model"], "judge_ref": scorers["judge"]}
 
 

@@ -1,8 +1,6 @@
 """What a run will need on disk, said at its start: a disk that fills up on the third day is found too late."""
 
-import json
 import shutil
-import struct
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -12,6 +10,7 @@ from alignment.policy_source import base_folder
 from alignment.run_folder import RunFolder
 from alignment.s3 import is_s3
 from models.policy import resolved_dtype
+from models.tensor_shapes import tensor_shapes
 
 WEIGHT = {"float32": 4, "bfloat16": 2}
 """Bytes of a parameter in a checkpoint."""
@@ -61,19 +60,6 @@ def checkpoint_bytes(config: Config, shapes: Sequence[Sequence[int]]) -> int:
 def count_parameters(folder: Path) -> int:
     """Parameters of a model folder."""
     return sum(map(prod, tensor_shapes(folder)))
-
-
-def tensor_shapes(folder: Path) -> list[list[int]]:
-    """Shapes of a model folder's tensors, read from the headers of its safetensors files.
-
-    Source: the safetensors format, 8 bytes of header length (little endian) and a JSON header.
-    """
-    shapes = []
-    for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        shapes += [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
-    return shapes
 
 
 def shown(size: float) -> str:

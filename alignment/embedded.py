@@ -105,8 +105,9 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     with _no_progress_bars():
-        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        own = {"gguf_file": gguf.name, "trust_remote_code": False}
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, **own, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **own)
         # transformers refuses to save a model that says it is quantized, though it holds plain fp32 by now.
         config = type(loaded.config).from_dict(
             {

@@ -18,9 +18,26 @@ AlignmentError
 A message is one or two sentences for the person at the terminal. The flows print it without a traceback.
 """
 
+LONGEST = 8000
+"""Characters of a message: more of what it quotes is left out in the middle."""
+
 
 class AlignmentError(Exception):
     """Root of the errors that are shown to users as a message without a traceback."""
+
+    def __str__(self) -> str:
+        """The message as a terminal may show it: what it quotes of a file neither steers the terminal nor fills it."""
+        text = super().__str__()
+        if len(text) > LONGEST:
+            text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
+        return printable(text)
+
+
+def printable(text: str) -> str:
+    """A text without what steers a terminal or cannot be printed, line ends apart: written as Python escapes it."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 class ConfigError(AlignmentError):

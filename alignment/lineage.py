@@ -12,22 +12,25 @@ link. All manifests are kept in `lineage/`, also of checkpoints that were pruned
 
 import argparse
 import contextlib
-import json
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.config import parse_config, same_config
+from pydantic import ValidationError
+
+from alignment.config import parse_config, same_config, validate_config
 from alignment.config_sections import RunSection
 from alignment.continuation import differences, flat
-from alignment.errors import AlignmentError, CheckpointError, DataError
+from alignment.errors import AlignmentError, CheckpointError, DataError, printable
+from alignment.foreign_json import read_object
 from alignment.mix_in import MIX_IN
-from alignment.provenance import metrics_digest
+from alignment.provenance import ProvenanceShape, metrics_digest
 from alignment.run_folder import RunFolder
 from alignment.s3 import is_s3
 from alignment.s3_objects import read_bytes
+from alignment.scorers_file import checked_scorers
 from alignment.workspace import find_run, opened
 from models.checkpoints import finished, read_manifest, sha256_file, verify
 
@@ -42,12 +45,14 @@ def chain(run: RunFolder) -> list[Manifest]:
     folders = finished(run.checkpoints)
     if not folders:
         raise CheckpointError(f"{run.checkpoints} holds no finished checkpoint")
-    links: list[Manifest] = [read_manifest(folders[-1])]
-    while "step" in (parent := links[-1]["parent"]):
-        path = run.lineage / f"step-{parent['step']:06d}.json"
-        if not path.is_file() or sha256_file(path) != parent["manifest_sha256"]:
+    links: list[Manifest] = [_checked(read_manifest(folders[-1]), folders[-1] / "manifest.json")]
+    while (step := (parent := links[-1]["parent"]).get("step")) is not None:
+        path = run.lineage / f"step-{step:06d}.json"
+        if not path.is_file() or sha256_file(path) != parent.get("manifest_sha256"):
             raise CheckpointError(f"{path} is missing or not the one that RS step {links[-1]['step']} went on from")
-        links.append(_read(path))
+        links.append(_checked(read_object(path, CheckpointError, "put the run's own back"), path))
+        if links[-1]["step"] >= links[-2]["step"]:
+            raise CheckpointError(f"{path} is of RS step {links[-1]['step']}, which does not come before its child's")
     return links
 
 
@@ -73,7 +78,8 @@ def describe(run: RunFolder) -> Iterator[str]:
         what = f"weights {link['weights_sha256'][:12]}, {steps}{drawn} selected by {link['selection']['strategy']}"
         yield f"  step {link['step']} of run {link['run_id']}: {what}{reward}"
     base = links[-1]["parent"]
-    yield f"  base {base['model']}: weights {(base.get('weights_sha256') or base.get('revision') or 'unknown')[:12]}"
+    weights = base.get("weights_sha256") or base.get("revision") or "unknown"
+    yield f"  base {base.get('model')}: weights {weights[:12]}"
 
 
 def describe_step(run: RunFolder, step: int) -> Iterator[str]:
@@ -93,7 +99,7 @@ def describe_step(run: RunFolder, step: int) -> Iterator[str]:
 
 def describe_difference(run: RunFolder, other: RunFolder) -> Iterator[str]:
     """Lines on what differs between two runs: config, code, packages, data, scorers, decisions, weights."""
-    ours, theirs = (flat(json.loads(r.config.read_text())) for r in (run, other))
+    ours, theirs = (flat(read_object(r.config, DataError, "name a run")) for r in (run, other))
     links = [chain(r)[0] for r in (run, other)]
     for name in ("code", "packages", "data", "reward_model", "judge"):
         ours |= flat({name: links[0][name]})
@@ -128,11 +134,11 @@ def check(run: RunFolder) -> Iterator[tuple[bool, str]]:
             yield _same(folder / "manifest.json", kept), f"checkpoint {folder.name}, and its manifest in the chain"
         except CheckpointError as error:
             yield False, f"checkpoint {folder.name}: {error}"
-    config = json.loads(run.config.read_text())
+    config = validate_config(read_object(run.config, DataError, "name a run"))
     # After `resume.from` the newest checkpoint may be the other run's, which had its own config and SFT mix-in.
-    is_own = not config["resume"]["from"] or links[0]["run_id"] == run.path.name
+    is_own = not config.resume.from_ or links[0]["run_id"] == run.path.name
     for name, digest in links[0]["data"].items():
-        if is_own or name != MIX_IN or config["training"]["sft_mix"] is None:
+        if is_own or name != MIX_IN or config.training.sft_mix is None:
             yield _matches(run.prompts / name, digest)
     for name, digest in links[0]["judge"]["files"].items():
         yield _matches(run.path / "judge" / name, digest)
@@ -142,19 +148,19 @@ def check(run: RunFolder) -> Iterator[tuple[bool, str]]:
     )
     if is_own:
         saved = finished(run.checkpoints)[-1] / "run_config.json"
-        yield same_config(saved.read_text(), run.config.read_text()), "config.json, as the newest checkpoint has it"
+        yield same_config(saved.read_bytes(), run.config.read_bytes()), "config.json, as the newest checkpoint has it"
     for link in reversed(links):
         for name, digest in link["rollouts"].items():
             yield _matches(run.rollouts / name, digest)
         for name, digest in link.get("reused_rollouts", {}).get("files", {}).items():
             yield _matches(run.reused / name, digest)
-    yield from _check_reward_model(run, links[0], RunSection(**config["run"]))
+    yield from _check_reward_model(run, links[0], config.run)
 
 
 def _check_reward_model(run: RunFolder, newest: Manifest, storage: RunSection) -> Iterator[tuple[bool, str]]:
     from alignment.reward_repository import read_export
 
-    reward = json.loads(run.scorers.read_text())["reward_model"]
+    reward = checked_scorers(run)["reward_model"]
     if not reward["repository"]:
         return  # of an external server: its weights were never seen here
     what = f"reward model {reward['name']} version {reward['version']}"
@@ -188,11 +194,14 @@ def _first_other_decision(run: RunFolder, other: RunFolder) -> int | None:
     return None
 
 
-def _read(path: Path) -> Manifest:
+def _checked(manifest: Manifest, path: Path) -> Manifest:
+    """The manifest if it says where its checkpoint comes from. Raises CheckpointError."""
     try:
-        manifest: Manifest = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        ProvenanceShape.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        key = " ".join(".".join(str(part) for part in first["loc"]).split())[:80]
+        raise CheckpointError(f"{path} was not written by this program: {key}: {first['msg']}") from None
     return manifest
 
 
@@ -237,11 +246,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AlignmentError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    except KeyError as error:
-        print(
-            f"CheckpointError: a manifest of {options.run} lacks {error}: not written by this program", file=sys.stderr
-        )
-        return 1
 
 
 def _answer(options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
@@ -259,7 +263,7 @@ def _answer(options: argparse.Namespace, stack: contextlib.ExitStack) -> int:
         lines = describe_difference(run, stack.enter_context(_run(options.diff)))
     else:
         lines = describe(run)
-    print(*lines, sep="\n")
+    print(*map(printable, lines), sep="\n")
     return 0
 
 

@@ -2,13 +2,13 @@
 
 import contextlib
 import fcntl
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from alignment.errors import DataError
+from alignment.foreign_json import parse_json
 
 
 @contextlib.contextmanager
@@ -26,7 +26,7 @@ def end_of_records(data: bytes) -> int:
     """
     end = data.rfind(b"\n") + 1
     try:
-        return len(data) if isinstance(json.loads(data[end:]), dict) else end
+        return len(data) if isinstance(parse_json(data[end:]), dict) else end
     except ValueError:
         return end
 
@@ -48,9 +48,11 @@ def mend(file: IO[bytes]) -> None:
 def parse_record(path: Path, number: int, line: bytes) -> dict[str, Any]:
     """The record in a line of the file `path`. Raises DataError, naming both."""
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError as error:
         raise DataError(f"{path}:{number}: not JSON ({error}): remove the line, then resume the run") from error
     if not isinstance(record, dict):
         raise DataError(f"{path}:{number}: a record is a JSON object, got {line[:60]!r}: remove the line")
+    if record.get("kind") in ("step", "validation") and type(record.get("step")) is not int:
+        raise DataError(f"{path}:{number}: the record of a {record['kind']} has no step: remove the line")
     return record

@@ -7,15 +7,16 @@ answer is learned; its prompt is nobody's in validation or evaluation. Off unles
     <run>/prompts/mix_in.jsonl    id (file:line), messages of the prompt; prompt_ids, response_ids that the policy reads
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from alignment.atomic_files import json_text, write_text
 from alignment.config import Config
 from alignment.demonstrations import count_faults, encode_demonstrations, read_demonstrations
 from alignment.errors import DataError
+from alignment.files import read_jsonl
 from alignment.policy_source import base_folder
 from alignment.preparation import cache_folder, load_prompt_sets
 from alignment.prompts import prompt_text, read_order
@@ -66,19 +67,25 @@ def load_mix_in(config: Config, run: Path) -> tuple[Rollout, ...]:
     """What `prepare_mix_in` wrote, laid out like selected responses; empty where there is no mix-in."""
     if config.training.sft_mix is None:
         return ()
-    rows = [json.loads(line) for line in (run / "prompts" / MIX_IN).read_text().splitlines()]
     return tuple(
         Rollout(
-            prompt_id=row["id"],
+            prompt_id=str(row.get("id")),
             rollout_index=0,
             response="",
             finish_reason="stop",
-            prompt_ids=tuple(row["prompt_ids"]),
-            response_ids=tuple(row["response_ids"]),
+            prompt_ids=_ids(row, "prompt_ids", line),
+            response_ids=_ids(row, "response_ids", line),
             is_reference=True,
         )
-        for row in rows
+        for line, row in read_jsonl(run / "prompts" / MIX_IN)
     )
+
+
+def _ids(row: dict[str, Any], key: str, line: int) -> tuple[int, ...]:
+    ids = row.get(key)
+    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+        raise DataError(f"prompts/{MIX_IN}:{line}: {key} are no token ids: put the run's own file back")
+    return tuple(ids)
 
 
 def mixed(selected: Sequence[Rollout], demonstrations: Sequence[Rollout], config: Config, step: int) -> list[Rollout]:

@@ -6,7 +6,6 @@ Runs, checkpoints and model folders may lie under s3://; then a copy is loaded, 
 
 import contextlib
 import hashlib
-import json
 import re
 import tempfile
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from alignment.config import Config
 from alignment.config_sections import RunSection
 from alignment.embedded import OnNote, policy_folder
 from alignment.errors import CheckpointError, ConfigError, ModelError
+from alignment.foreign_json import parse_object, read_object
 from alignment.run_folder import RunFolder
 from alignment.s3 import is_s3
 from alignment.types import Checkpoint
@@ -132,7 +132,7 @@ def _in_s3(name: str, root: str, storage: RunSection, key: str, on_note: OnNote 
     if not (folder / "manifest.json").is_file():
         config = read_bytes(f"{run}/config.json") if run else None
         source = Checkpoint(uri, folder_digest(folder), 0)
-        return PolicySource(source, str(folder), None, json.loads(config[0]) if config else None)
+        return PolicySource(source, str(folder), None, parse_object(config[0]) if config else None)
     return _of_a_run_in_s3(uri, folder, storage)
 
 
@@ -145,7 +145,7 @@ def _of_a_run_in_s3(uri: str, folder: Path, storage: RunSection) -> PolicySource
     in_run = re.fullmatch(r"(s3://.+)/checkpoints/step-\d+", uri)
     run = find_run("", in_run[1]) if in_run else None
     seen = pull_prompts(storage, run) if run else None
-    return PolicySource(checkpoint, str(folder), seen, json.loads((folder / "run_config.json").read_text()))
+    return PolicySource(checkpoint, str(folder), seen, _config_in(folder / "run_config.json"))
 
 
 def _best_name(run: str, what: str) -> str:
@@ -178,7 +178,7 @@ def _fetched(uri: str, storage: RunSection, key: str, on_note: OnNote | None) ->
     if done is None and not objects:
         raise ModelError(f"{key} ({uri}): there is nothing of that name; check the bucket and the prefix")
     listed = "\n".join(f"{stored.uri} {stored.size} {stored.etag}" for stored in objects)
-    digest = done[0].decode().strip() if done else hashlib.sha256(listed.encode()).hexdigest()
+    digest = done[0].decode(errors="replace").strip() if done else hashlib.sha256(listed.encode()).hexdigest()
     return _HELD.enter_context(cached_folder(uri, digest, round(storage.cache_limit_gb * 1e9), on_note=on_note))
 
 
@@ -215,12 +215,16 @@ def _fine_tuned(run: RunFolder, what: str) -> PolicySource:
     model = run.path / "model"
     if not (model / "config.json").is_file():
         raise CheckpointError(f"{what}: the fine-tuning {run.path} has not written its model: resume it")
-    config = json.loads(run.config.read_text())
+    config = _config_in(run.config)
     return PolicySource(Checkpoint(str(model), folder_digest(model), 0), str(model), None, config)
 
 
 def _of_a_run(checkpoint: Checkpoint) -> PolicySource:
     folder = Path(checkpoint.uri)
     run = folder.parent.parent
-    config = json.loads((folder / "run_config.json").read_text())
+    config = _config_in(folder / "run_config.json")
     return PolicySource(checkpoint, str(folder), run if (run / "prompts").is_dir() else None, config)
+
+
+def _config_in(path: Path) -> dict[str, Any]:
+    return read_object(path, CheckpointError, "name a run or a checkpoint that this program wrote")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignment.errors import DataError
-from alignment.files import local_copy, read_jsonl
+from alignment.files import local_copy, named, read_jsonl
 from alignment.reviews import review_pairs
 from alignment.toy import toy_pairs
 from alignment.types import Message, PreferencePair
@@ -218,7 +218,7 @@ def _paired_lines(path: Path) -> Iterable[tuple[dict[str, Any], str]]:
             waiting = None
         else:
             raise DataError(
-                f'{place}: expected "chosen" and "rejected", or "text" lines in turn, found {", ".join(record)}'
+                f'{place}: expected "chosen" and "rejected", or "text" lines in turn, found {named(record)}'
             )
     if waiting is not None:
         raise DataError(f'{place}: an odd number of "text" lines: the last chosen text has no rejected one')

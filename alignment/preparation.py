@@ -4,7 +4,6 @@ Every prompt that cannot be used is listed in `excluded_prompts.jsonl` with its 
 sets are written to the run folder, so that workers, resumes and readers a year later see the same ones.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING
 from alignment.atomic_files import json_text, write_text
 from alignment.config import Config
 from alignment.errors import DataError
+from alignment.files import read_jsonl
 from alignment.policy_source import base_folder
-from alignment.prompts import evaluation_split, exclude_overlap, read_order, read_prompts, split_held_out
+from alignment.prompts import evaluation_split, exclude_overlap, read_order, read_prompts, split_held_out, stored_prompt
 from alignment.types import Prompt
 from alignment.workspace import local_root
 
@@ -171,9 +171,8 @@ def _line(prompt: Prompt) -> str:
 
 def _read(path: Path) -> tuple[Prompt, ...]:
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        return tuple(Prompt(row["id"], tuple(row["messages"]), row.get("reference")) for row in rows)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return tuple(stored_prompt(row, f"{path}:{line}") for line, row in read_jsonl(path))
+    except DataError as error:
         raise DataError(
             f"{path} cannot be read ({error}): put it back from a copy (a new run of the same config writes the same "
             "one), then resume the run"

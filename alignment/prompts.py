@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import ConfigError, DataError
-from alignment.files import local_copy, read_jsonl
-from alignment.preferences import parse_prompt, shared_prompt
+from alignment.files import local_copy, named, read_jsonl
+from alignment.preferences import parse_messages, parse_prompt, shared_prompt
 from alignment.reviews import review_prompts
 from alignment.toy import toy_prompts
 from alignment.types import Message, Prompt
@@ -137,6 +137,8 @@ def _prompt_id(record: dict[str, Any], default: str, place: str) -> str:
     value = record.get("id", default)
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise DataError(f'{place}: "id" must be a string or an integer, found {value!r}')
+    if not str(value).isprintable():
+        raise DataError(f'{place}: "id" must be printable on one line, found {value!r}')
     return str(value)
 
 
@@ -148,17 +150,27 @@ def _prompt(record: dict[str, Any], prompt_id: str, place: str) -> Prompt | str:
             return {"malformed": "malformed dialogue", "different_prompts": "two different prompts"}.get(sides, sides)
         messages, chosen, _ = sides
         return Prompt(prompt_id, messages, chosen) if messages else "the pair has no prompt"
+    return Prompt(prompt_id, _messages(record, place), _reference(record, place))
+
+
+def _reference(record: dict[str, Any], place: str) -> str | None:
     reference = record.get("reference")
     if reference is not None and (not isinstance(reference, str) or not reference.strip()):
         raise DataError(f'{place}: "reference" must be a text that says something, found {reference!r}')
-    return Prompt(prompt_id, _messages(record, place), reference)
+    return reference
+
+
+def stored_prompt(record: dict[str, Any], place: str) -> Prompt:
+    """A prompt as a run keeps it: {"id", "messages"} and perhaps "reference". Raises DataError naming `place`."""
+    messages = parse_messages(record.get("messages"), place)
+    return Prompt(_prompt_id(record, "", place), messages, _reference(record, place))
 
 
 def _messages(record: dict[str, Any], place: str) -> tuple[Message, ...]:
     """The messages of a line that is no pair. Raises DataError naming `place`."""
     keys = [key for key in ("text", "prompt", "messages") if key in record]
     if len(keys) != 1:
-        raise DataError(f"{place}: expected one of text, prompt, messages, found {', '.join(keys or record) or 'none'}")
+        raise DataError(f"{place}: expected one of text, prompt, messages, found {named(keys or record) or 'none'}")
     value = record[keys[0]]
     if keys == ["text"] and not isinstance(value, str):
         raise DataError(f'{place}: "text" must be a string, found {type(value).__name__}')

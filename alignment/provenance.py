@@ -11,19 +11,83 @@ import json
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from alignment.atomic_files import write_text
 from alignment.config import Config
 from alignment.launch import SOURCE_ROOT
 from alignment.run_folder import RunFolder
-from models.checkpoints import finished, newest_checkpoint, read_manifest, sha256_file
+from models.checkpoints import MOST_STEPS, finished, newest_checkpoint, read_manifest, sha256_file
 
 PACKAGES = (
     *("torch", "transformers", "deepspeed", "peft", "safetensors", "tokenizers", "numpy", "pyarrow"),
     *("metaflow", "tritonclient", "nvidia-pytriton"),
 )
 SOURCES = ("alignment", "models", "infra", "triton_repo", "flows")
+
+
+FileName = Annotated[str, Field(pattern=r"^[^/\x00-\x1f\x7f]+$", max_length=200)]
+"""Of a file that lies in a folder itself. A folder, `..` say, is no file, so what it names is missing."""
+Digests = dict[FileName, str]
+
+
+class _Shape(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Code(_Shape):
+    sha256: str
+    commit: str | None
+    dirty: bool | None
+
+
+class _Judge(_Shape):
+    files: Digests
+
+
+class _Selection(_Shape):
+    strategy: str
+
+
+class _Position(_Shape):
+    seed: int
+    prompts_read: int
+    epoch: int
+
+
+class _Parent(_Shape):
+    model: str | None = None
+    weights_sha256: str | None = None
+    revision: str | None = None
+    step: int | None = Field(None, ge=0, lt=MOST_STEPS)
+    manifest_sha256: str | None = None
+
+
+class _Reused(_Shape):
+    run: str
+    files: Digests
+
+
+class ProvenanceShape(_Shape):
+    """What `alignment.lineage` relies on in a manifest beside `models.checkpoints.ManifestShape`."""
+
+    step: int = Field(ge=0, lt=MOST_STEPS)
+    run_id: str
+    weights_sha256: str
+    created: str
+    parent: _Parent
+    reward_model: dict[str, Any]
+    judge: _Judge
+    selection: _Selection
+    position: _Position
+    data: Digests
+    rollouts: Digests
+    metrics_sha256: str
+    code: _Code
+    packages: dict[str, str]
+    reused_rollouts: _Reused | None = None
 
 
 def provenance(run: RunFolder, config: Config, step: int, base: Mapping[str, Any]) -> dict[str, Any]:

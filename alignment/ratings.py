@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignment.errors import ConfigError, DataError
-from alignment.files import local_copy, read_jsonl
+from alignment.files import local_copy, named, read_jsonl
 from alignment.preferences import (
     conversation,
     is_transcript,
@@ -88,7 +88,7 @@ def _turns(record: dict[str, Any], place: str) -> tuple[Message, ...] | None:
         case _:
             raise DataError(
                 f'{place}: expected one of "messages", "prompt" with "response", "text", '
-                f"found {', '.join(record) or 'none'}"
+                f"found {named(record) or 'none'}"
             )
     return turns if turns[-1]["role"] == "assistant" and turns[-1]["content"].strip() else None
 
@@ -110,7 +110,7 @@ def _labels(record: dict[str, Any], attributes: Sequence[str], place: str) -> tu
                 )
             values = [None if value == NOT_RATED else value for value in label]
         case _:
-            raise DataError(f'{place}: expected one of "ratings", "label", found {", ".join(record)}')
+            raise DataError(f'{place}: expected one of "ratings", "label", found {named(record)}')
     return tuple(
         None if value is None else parse_number(value, f"the rating {name}", place)
         for name, value in zip(attributes, values, strict=True)

@@ -6,7 +6,6 @@ has one is whole. Copies go through the cache of downloaded models.
 
 import contextlib
 import hashlib
-import json
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -100,23 +99,24 @@ def read_export(repository: str, name: str, version: str, storage: RunSection) -
 
 def find_export(repository: str, name: str, recipe_digest: str, storage: RunSection) -> RewardModelRef | None:
     """The newest version made by this recipe, verified; None where there is none. Raises ModelError."""
-    if not is_s3(repository):
-        from models.reward_export import find_version
+    from models.reward_export import find_version, parse_card
 
+    if not is_s3(repository):
         return find_version(Path(repository), name, recipe_digest)
     for version in reversed(exported_versions(repository, name)):
-        if json.loads(_card_bytes(repository, name, version)).get("recipe_digest") == recipe_digest:
+        card = parse_card(_card_bytes(repository, name, version), f"{repository}/{name}/{version}")
+        if card.get("recipe_digest") == recipe_digest:
             return read_export(repository, name, version, storage)
     return None
 
 
 def card_of(ref: RewardModelRef) -> dict[str, Any]:
     """What the card of an exported version says. Raises ModelError."""
-    if is_s3(ref.repository):
-        card: dict[str, Any] = json.loads(_card_bytes(ref.repository, ref.name, ref.version))
-        return card
-    from models.reward_export import read_card
+    from models.reward_export import parse_card, read_card
 
+    if is_s3(ref.repository):
+        uri = f"{ref.repository}/{ref.name}/{ref.version}"
+        return parse_card(_card_bytes(ref.repository, ref.name, ref.version), uri)
     return read_card(Path(ref.repository) / ref.name / ref.version)
 
 

@@ -102,8 +102,10 @@ def newly_made(weights: Path) -> list[str]:
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{weights} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of many types, where config.json is not what transformers expects
+        raise ModelError(
+            f"{weights} cannot be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from error
     return sorted(report["missing_keys"])
 
 

@@ -220,7 +220,7 @@ def _base_files(source: Path | str) -> dict[str, str]:
     if not isinstance(source, Path):
         from transformers import AutoConfig
 
-        return {source: str(AutoConfig.from_pretrained(source)._commit_hash)}
+        return {source: str(AutoConfig.from_pretrained(source, trust_remote_code=False)._commit_hash)}
     return {path.name: sha256_file(path) for path in sorted(source.iterdir()) if path.is_file()}
 
 

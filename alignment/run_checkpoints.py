@@ -3,6 +3,7 @@
 DONE is sent last and removed first: what has one is whole. Manifests are compared, never names alone.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable
@@ -92,7 +93,7 @@ def fetch_checkpoint(run_uri: str, place: Path, on_note: Note) -> bool:
     done = read_bytes(f"{uri}/DONE")
     if done is None:
         return False
-    staging = place.with_name(f".{place.name}.fetched-{done[0].decode(errors='replace').strip()[:12]}")
+    staging = place.with_name(f".{place.name}.fetched-{hashlib.sha256(done[0]).hexdigest()[:12]}")
     try:
         pull_folder(uri, staging, on_note=on_note)
         read_manifest(staging, name=place.name)

@@ -178,7 +178,9 @@ class RunFolder:
         return {
             r["step"]: r["reward_mean"]
             for r in self.read_metrics()
-            if r.get("kind") == "validation" and r["reward_mean"] is not None and (failed is None or r["step"] < failed)
+            if r.get("kind") == "validation"
+            and isinstance(r.get("reward_mean"), int | float)
+            and (failed is None or r["step"] < failed)
         }
 
     def rollback(self) -> dict[str, Any] | None:
@@ -230,7 +232,7 @@ def create(root: str | Path, run_id: str, config_json: str) -> RunFolder:
     with disk_errors(folder.path):
         for path in (folder.path, folder.checkpoints):
             path.mkdir(parents=True, exist_ok=True)
-    if folder.config.exists() and not same_config(folder.config.read_text(), config_json):
+    if folder.config.exists() and not same_config(folder.config.read_bytes(), config_json.encode()):
         raise DataError(f"{folder.path} holds another run's files: set run.root to another folder, or move them away")
     write_atomically(folder.config, lambda file: file.write(config_json.encode()))
     latest, waiting = Path(root) / "latest", Path(root) / f".latest-{os.getpid()}"

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from alignment.atomic_files import disk_errors
 from alignment.errors import StorageConflict, StorageError
+from alignment.foreign_json import parse_object
 from alignment.run_checkpoints import fetch_checkpoint, is_same, remove_checkpoint, send_checkpoint, whole_ones
 from alignment.run_copy import CopyState, copy_lock, fetch_lock, load_state, save_state
 from alignment.run_folder import RunFolder
@@ -180,7 +181,7 @@ class RunMirror:
     def _check_writer(self) -> None:
         pointer = read_pointer(f"{self.uri}/{WRITER}")
         if _copy_of(pointer) != self.state.copy:
-            by = json.loads(pointer.value)["by"] if pointer else "somebody who removed its pointer"
+            by = _said(pointer, "by") if pointer else "somebody who removed its pointer"
             raise StorageConflict(
                 f"{self.uri} has been taken over by {by}: this task ends here, and what it had not sent stays in "
                 f"{self.path}. Let one command at a time go on with a run"
@@ -225,7 +226,16 @@ def _digest(objects: Sequence[StoredObject]) -> str:
 
 
 def _copy_of(pointer: Pointer | None) -> str:
-    return str(json.loads(pointer.value)["copy"]) if pointer else ""
+    return _said(pointer, "copy") if pointer else ""
+
+
+def _said(pointer: Pointer, key: str) -> str:
+    try:
+        return str(parse_object(pointer.value)[key])
+    except (ValueError, KeyError):
+        raise StorageError(
+            f"the object {WRITER} of a run is not what this program writes: remove it, and resume"
+        ) from None
 
 
 def _stamp(path: Path) -> list[int]:

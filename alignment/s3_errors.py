@@ -85,6 +85,11 @@ def is_absent(error: Any) -> bool:
     return error_code(error) in _ABSENT
 
 
+def without_user(text: str) -> str:
+    """A text in which addresses have no user's name and password."""
+    return _USER.sub("://", text)
+
+
 def _refusal(uri: str, error: Any) -> StorageError:
     code, status, operation = error_code(error), error_status(error), error.operation_name
     if status == 412 or code in ("PreconditionFailed", "ConditionalRequestConflict"):
@@ -116,5 +121,4 @@ def _failure(error: Any) -> str:
         return f"{endpoint()} did not answer in time; {retry}"
     if is_broken_connection(error):
         return f"no connection to {endpoint()}, or it broke ({type(error).__name__}); {retry}"
-    message = _USER.sub("://", str(error))
-    return f"{type(error).__name__}: {message}; check the AWS_* environment and ~/.aws/config"
+    return f"{type(error).__name__}: {without_user(str(error))}; check the AWS_* environment and ~/.aws/config"

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from alignment.atomic_files import disk_errors
 from alignment.errors import DataError, StorageError
+from alignment.links import link_out
 from alignment.progress import TransferLines
 from alignment.s3 import below, parse_uri
 from alignment.s3_download import download_file, holds
@@ -38,8 +39,8 @@ def push_folder(
 ) -> int:
     """Send a folder's files to below `uri` and return the bytes sent; what is there beside them stays.
 
-    Links to files are followed, links to folders are not. `last` are file names, in whatever subfolder. Raises
-    StorageError, and DataError for a file that cannot be read.
+    Links to files of the folder are followed, links to folders are not. `last` are file names, in whatever subfolder.
+    Raises StorageError, and DataError for a file that cannot be read and for a link that leads out of the folder.
     """
     there = {entry.uri: entry.size for entry in list_objects(uri)}
     place = parse_uri(uri).uri
@@ -153,6 +154,8 @@ def _names(folder: Path) -> list[str]:
     """Names of the folder's files, relative and with slashes, sorted; not of those that are just being written."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; check the path")
+    if link := link_out(folder):
+        raise DataError(f"{link} leads out of {folder}: put a copy in its place, or remove it")
     files = (path for path in folder.rglob("*") if path.is_file() and not _TEMPORARY.fullmatch(path.name))
     return sorted(path.relative_to(folder).as_posix() for path in files)
 

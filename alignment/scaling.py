@@ -111,13 +111,13 @@ def estimates(inputs: Inputs, gpus: Sequence[int], executor: str, plan: Mapping[
 
 def settings(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """What --costs and --set say, by section. Raises ConfigError."""
-    import yaml
+    from alignment.config import read_mapping
 
     try:
-        found = yaml.safe_load(options.costs.read_text(encoding="utf-8")) if options.costs else {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        found = read_mapping(options.costs.read_text(encoding="utf-8"), str(options.costs)) if options.costs else {}
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--costs ({options.costs}): {error}") from error
-    if not isinstance(found, dict) or not all(isinstance(part, dict) for part in found.values()):
+    if not all(isinstance(part, dict) for part in found.values()):
         raise ConfigError(f"--costs ({options.costs}): write sections of fields, e.g. costs: {{update_share: 0.4}}")
     for text in options.set:
         name, separator, value = text.partition("=")

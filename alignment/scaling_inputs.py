@@ -2,7 +2,6 @@
 
 import json
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from alignment.run_folder import RunFolder
 from alignment.scaling_memory import gpus_per_copy
 from alignment.scaling_model import expected_slowest, update_network, update_slots
 from alignment.scaling_types import Case, Costs, Hardware, Model, Plan, Shape
+from models.tensor_shapes import tensor_shapes
 
 PLAN = {"update_gpus", "reward_gpus", "tensor_parallel"}
 """What of a plan can be set; the rest is --gpus and --executor."""
@@ -180,11 +180,7 @@ def model_of(run: RunFolder) -> Model:
     folders = sorted(path.parent for path in run.checkpoints.glob("step-*/DONE"))
     if not folders:
         raise DataError(f"--from-run ({run.path}): holds no checkpoint, so its policy's size is unknown")
-    shape, parameters = _json(folders[-1] / "config.json"), 0
-    for path in folders[-1].glob("*.safetensors"):
-        with path.open("rb") as file:  # the format's header: its length, then JSON
-            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        parameters += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    shape, parameters = _json(folders[-1] / "config.json"), sum(map(math.prod, tensor_shapes(folders[-1])))
     try:
         heads, hidden = shape["num_attention_heads"], shape["hidden_size"]
         return Model(

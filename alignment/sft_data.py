@@ -155,11 +155,19 @@ def _held_out(config: Config) -> dict[str, dict[PromptText, str]]:
 
 
 def read_examples(config: Config, run: Path) -> SftData:
-    """What `prepare_examples` wrote."""
+    """What `prepare_examples` wrote. Raises DataError."""
+    import pyarrow
     import pyarrow.parquet as parquet
 
     def read(name: str) -> Examples:
-        return Examples(parquet.read_table(run / "examples" / f"{name}.parquet").combine_chunks())
+        path = run / "examples" / f"{name}.parquet"
+        try:
+            table = parquet.read_table(path).combine_chunks()
+            if table.schema != _schema():
+                raise ValueError("it has other columns")
+        except (OSError, pyarrow.ArrowException, ValueError, MemoryError) as error:
+            raise DataError(f"cannot read {path}: {' '.join(str(error).split())}; start a new run") from error
+        return Examples(table)
 
     has_validation = (run / "examples" / f"{VALIDATION}.parquet").exists()
     return SftData(
@@ -169,12 +177,17 @@ def read_examples(config: Config, run: Path) -> SftData:
     )
 
 
+def _schema() -> Any:
+    import pyarrow as pa
+
+    return pa.schema([("place", pa.string()), ("ids", pa.list_(pa.int32())), ("learned", pa.list_(pa.bool_()))])
+
+
 def _write_examples(path: Path, rows: Sequence[tuple[str, TokenSequence]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    schema = pa.schema([("place", pa.string()), ("ids", pa.list_(pa.int32())), ("learned", pa.list_(pa.bool_()))])
-    table = pa.Table.from_pylist([{"place": place, "ids": s.ids, "learned": s.learned} for place, s in rows], schema)
+    table = pa.Table.from_pylist([{"place": place, "ids": s.ids, "learned": s.learned} for place, s in rows], _schema())
     write_atomically(path, lambda file: parquet.write_table(table, file))
 
 

@@ -3,7 +3,6 @@
 Heavy imports stay behind these functions: a flow's `--help` and `show` load none of them.
 """
 
-import json
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from alignment.atomic_files import write_json
 from alignment.config import Config
 from alignment.errors import ConfigError
 from alignment.run_folder import RunFolder
+from alignment.scorers_file import checked_scorers
 from alignment.task import claim_devices, timed_task
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
 from alignment.workspace import child, create, opened
@@ -92,7 +92,7 @@ def prepare_scorers(config: Config, run_path: str) -> tuple[dict[str, Any], dict
                 judge = prepare_judge(config, run.path / "judge", print)
             named = replace(judge, uri=run.uri_of(Path(judge.uri)))
             write_json(run.scorers, {"reward_model": asdict(reward), "judge": asdict(named), **others})
-        scorers = json.loads(run.scorers.read_text())
+        scorers = checked_scorers(run)
     return scorers["reward_model"], scorers["judge"]
 
 

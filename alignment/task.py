@@ -1,6 +1,5 @@
 """What every task of a run has around its work: a device check, a tested reward server, W&B, and a clock."""
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from alignment.progress import FitLines
 from alignment.reward_repository import local_repository
 from alignment.reward_server import RewardServer, external_url, reward_server
 from alignment.run_folder import RunFolder
+from alignment.scorers_file import read_scorers, reward_references
 from alignment.tracking import Tracker, tracked
 from alignment.types import RewardModelRef
 from alignment.workspace import local_root
@@ -105,8 +105,8 @@ def scoring_models(config: Config, run: RunFolder, reward: RewardModelRef) -> Sc
     """The run's reward model, and what `reward_ensemble` puts beside it as the run's scorers.json pins it."""
     others: dict[str, list[RewardModelRef]] = {"members": [], "shadows": []}
     if config.reward_ensemble.members or config.reward_ensemble.shadows:
-        saved = json.loads(run.scorers.read_text())
-        others = {key: [RewardModelRef(**ref) for ref in saved[key]] for key in others}
+        saved = read_scorers(run)
+        others = {key: reward_references(run, saved, key) for key in others}
     return ScoringModels((reward, *others["members"]), tuple(others["shadows"]))
 
 

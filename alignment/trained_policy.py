@@ -37,9 +37,10 @@ def load(config: Config, source: Path | str) -> Policy:
 def check_recomputing(config: Config) -> None:
     """Raise ConfigError where training.gradient_checkpointing asks the policy's architecture for what it has not."""
     if config.training.gradient_checkpointing:
-        architecture = AutoConfig.from_pretrained(base_folder(config))
+        architecture = AutoConfig.from_pretrained(base_folder(config), trust_remote_code=False)
         with torch.device("meta"):  # without weights
-            keep_layer_inputs_only(AutoModelForCausalLM.from_config(architecture), config.training.key)
+            model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=False)
+            keep_layer_inputs_only(model, config.training.key)
 
 
 def policy_engine(

@@ -6,7 +6,6 @@ task to task is the run's own name, so any node can go on with it.
 """
 
 import contextlib
-import json
 import signal
 import sys
 import threading
@@ -18,6 +17,7 @@ from types import FrameType
 from alignment.config import Config, same_config
 from alignment.config_sections import RunSection
 from alignment.errors import AlignmentError, DataError, StorageConflict
+from alignment.foreign_json import parse_object
 from alignment.run_copy import writer_lock
 from alignment.run_folder import RunFolder, check_id
 from alignment.run_folder import create as create_folder
@@ -66,7 +66,7 @@ def create(run: RunSection, root: str, run_id: str, config_json: str) -> str:
     with contextlib.suppress(StorageConflict):
         write_bytes(f"{uri}/config.json", config_json.encode(), if_absent=True)
     found = read_bytes(f"{uri}/config.json")
-    if found is None or not same_config(found[0].decode(), config_json):
+    if found is None or not same_config(found[0], config_json.encode()):
         raise DataError(f"{uri} holds another run's files: set run.root to another prefix, or remove them")
     point(child(root, "latest"), run_id)
     return uri
@@ -103,7 +103,7 @@ def _is_run(uri: str) -> bool:
     """A model's folder has a config.json too, of another kind."""
     found = read_bytes(f"{uri}/config.json")
     try:
-        return found is not None and "run" in json.loads(found[0])
+        return found is not None and "run" in parse_object(found[0])
     except ValueError:
         return False
 
@@ -113,7 +113,7 @@ def first_id_in_s3(root: str, run_id: str, resumed_id: str | None) -> str:
     if resumed_id is None:
         return run_id
     alias = read_bytes(child(root, "aliases", resumed_id))
-    name = alias[0].decode() if alias else resumed_id
+    name = alias[0].decode(errors="replace") if alias else resumed_id
     if not _is_run(child(root, name)):
         return run_id
     with contextlib.suppress(StorageConflict):  # this task is tried again

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from alignment.atomic_files import disk_errors, settle_files, sync_folder, write_text
 from alignment.errors import CheckpointError, DiskError
+from alignment.foreign_json import parse_json
 from alignment.types import Checkpoint
 
 if TYPE_CHECKING:
@@ -34,9 +35,12 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Version of the layout above; another one is refused."""
 
+MOST_STEPS = 10**9
+"""Beyond what any run has: a folder's name has room for as many."""
+
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Step = Annotated[int, Field(ge=0)]
-FileName = Annotated[str, Field(pattern=r"^[^\x00]+$", max_length=255)]
+Step = Annotated[int, Field(ge=0, lt=MOST_STEPS)]
+FileName = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=255)]
 
 
 class FileEntry(BaseModel):
@@ -45,7 +49,7 @@ class FileEntry(BaseModel):
     model_config = ConfigDict(strict=True)
 
     sha256: Sha256
-    bytes: Step
+    bytes: Annotated[int, Field(ge=0)]
 
 
 class ManifestShape(BaseModel):
@@ -136,8 +140,8 @@ def read_manifest(folder: Path, *, name: str | None = None) -> dict[str, Any]:
             raise CheckpointError(
                 f"{folder / 'manifest.json'} does not match DONE: it was changed after it was written"
             )
-        manifest = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
+        manifest = parse_json(text)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} is not a finished checkpoint: {error}") from error
     return _checked(manifest, folder, name or folder.name)
 
@@ -150,7 +154,7 @@ def verify(folder: Path, *, name: str | None = None) -> Checkpoint:
     manifest = read_manifest(folder, name=name)
     for name, expected in manifest["files"].items():
         path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
+        if not _lies_in(path, folder):
             raise CheckpointError(f"{folder / 'manifest.json'} names {name}, which lies outside the checkpoint")
         if not path.is_file() or path.stat().st_size != expected["bytes"] or sha256_file(path) != expected["sha256"]:
             raise CheckpointError(f"{path} is missing or damaged: its size or sha256 is not the manifest's")
@@ -158,6 +162,15 @@ def verify(folder: Path, *, name: str | None = None) -> Checkpoint:
     if unlisted - {"manifest.json", "DONE"}:
         raise CheckpointError(f"{folder} holds files that its manifest does not list: {', '.join(sorted(unlisted))}")
     return _reference(folder, manifest)
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path, links followed, is of a folder. Raises CheckpointError for one that no file system takes."""
+    try:
+        path.is_file()
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError) as error:  # a name that is too long; links that lead to each other
+        raise CheckpointError(f"{path} cannot be looked at: {error}") from error
 
 
 def finished(checkpoints: Path) -> list[Path]:
@@ -298,7 +311,7 @@ def _checked(manifest: Any, folder: Path, name: str) -> dict[str, Any]:
         shape = ManifestShape.model_validate(manifest)
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
-        key = ".".join(str(part) for part in first["loc"])[:80]
+        key = " ".join(".".join(str(part) for part in first["loc"]).split())[:80]
         raise CheckpointError(f"{path} was not written by this program: {key}: {first['msg']}") from error
     if name != checkpoint_folder(folder.parent, shape.step).name:
         raise CheckpointError(f"{path} is of RS step {shape.step}, which is not the folder's: it was renamed")

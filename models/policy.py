@@ -14,6 +14,7 @@ from alignment.errors import ConfigError, DataError, ModelError
 from alignment.types import Conversation, Prompt
 from models.memory import is_out_of_memory
 from models.quiet import quiet_transformers
+from models.tokenizer_file import check_tokenizer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -48,7 +49,8 @@ class PromptReader:
             return str(
                 self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt)
             )
-        except (TemplateError, TypeError, ValueError) as error:  # templates refuse roles and orders of their own
+        # Templates refuse roles and orders of their own, and may fail in their own arithmetic or attribute access.
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             raise DataError(f"{what}: the policy's chat template refuses it: {error}") from error
 
     def encode_more(self, text: str) -> list[int]:
@@ -92,8 +94,10 @@ def load_reader(source: str | Path, *, prompt_format: PromptFormat, chat_templat
     Raises ModelError or ConfigError.
     """
     with _named_errors(source):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        context = getattr(AutoConfig.from_pretrained(source).get_text_config(), "max_position_embeddings", None)
+        check_tokenizer(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     if prompt_format == "chat" and not tokenizer.chat_template:
@@ -127,6 +131,7 @@ def load_policy(
             source,
             dtype="auto" if dtype == "as_stored" else getattr(torch, dtype),
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
         model, report = loaded
@@ -145,7 +150,8 @@ def load_ending_tokens(source: str | Path, reader: PromptReader) -> tuple[int, .
         try:
             generation = GenerationConfig.from_pretrained(source)
         except OSError:  # it has none of its own: transformers makes one as the model is loaded
-            generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(source))
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            generation = GenerationConfig.from_model_config(config)
     return _eos_ids(generation, reader.tokenizer, source)
 
 

@@ -29,8 +29,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import TypeAdapter
+
 from alignment.atomic_files import disk_errors
 from alignment.errors import AlignmentError, ConfigError, ModelError, StorageConflict
+from alignment.foreign_json import parse_object
 from models.registry_store import copy_folder, list_names, move_alias, place_of, read_alias, read_file, write_new
 
 if TYPE_CHECKING:
@@ -161,7 +164,10 @@ def located(root: str, value: str, *, key: str) -> str:
         raise ConfigError(f"{key} ({value}): {entry.name}:{entry.version} is a {entry.kind}: name a policy")
     manifest = read_file(f"{entry.uri}/manifest.json")
     if manifest is not None:
-        _compare(entry, str(json.loads(manifest).get("weights_sha256")))
+        try:
+            _compare(entry, str(parse_object(manifest).get("weights_sha256")))
+        except ValueError as error:
+            raise ModelError(f"{entry.uri}/manifest.json cannot be read: {error}") from error
     elif Path(entry.uri).is_dir():
         _compare(entry, _digest(entry, Path(entry.uri)))
     return entry.uri
@@ -227,9 +233,20 @@ def _digest(entry: Entry, folder: Path) -> str:
 def _read_entry(root: str, name: str, version: int) -> Entry:
     place = place_of(root, name, f"{version}.json")
     try:
-        return Entry(**json.loads(read_file(place) or b""))
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"{place} is no entry of a registry ({error}): remove it") from error
+        values = parse_object(read_file(place) or b"")
+        # As JSON, of which a strict reading takes an object for a dataclass.
+        found: Entry = TypeAdapter(Entry).validate_json(json.dumps(values), strict=True)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{place} is no entry of a registry ({reason}): remove it") from error
+    parts = found.uri.split("/")
+    *_, model, number = ["", *parts]
+    is_model = found.kind == "policy" or (re.fullmatch(r"[A-Za-z0-9_-]+", model) and re.fullmatch(r"[0-9]+", number))
+    is_model = is_model and re.fullmatch(r"[0-9A-Za-z]{1,64}", found.sha256)
+    if (found.name, found.version) != (name, version) or ".." in parts or not is_model:
+        reason = f"it is {found.name}:{found.version}, {found.sha256!r} at {found.uri!r}"
+        raise ModelError(f"{place} is no entry of a registry ({reason}): remove it")
+    return found
 
 
 def _lines(root: str) -> Iterator[str]:

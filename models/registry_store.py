@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 from alignment.atomic_files import disk_errors, write_text
 from alignment.errors import ModelError, StorageConflict
+from alignment.links import link_out
 from alignment.s3 import is_s3
 from alignment.s3_objects import list_objects, read_bytes, write_bytes
 from alignment.workspace import child
@@ -68,7 +70,7 @@ def read_alias(place: str) -> tuple[int | None, Any]:
 
 
 def _number(place: str, text: str) -> int:
-    if not (text.isascii() and text.isdecimal()):
+    if not re.fullmatch(r"[0-9]{1,9}", text):
         raise ModelError(f"{place} is no alias of a registry: it says {text[:20]!r}; remove it, then promote again")
     return int(text)
 
@@ -95,6 +97,8 @@ def copy_folder(uri: str, folder: Path, on_note: Callable[[str], None], *, last:
 
         pull_folder(uri, folder, last=last, on_note=on_note)
     elif not is_s3(uri) and Path(uri).is_dir():
+        if link := link_out(Path(uri)):
+            raise ModelError(f"{link} leads out of {uri}: what is registered must lie in its own folder")
         with disk_errors(folder):
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(uri, folder)

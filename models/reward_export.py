@@ -25,6 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from alignment.atomic_files import disk_errors, settle_files, write_text
 from alignment.errors import ConfigError, ModelError
+from alignment.foreign_json import parse_object
 from alignment.types import RewardModelRef
 from models.onnx_export import ONNX_FILE, check_onnx, write_onnx
 from models.quiet import quiet_transformers
@@ -229,13 +230,25 @@ def weights_digest(version: Path) -> str:
 def read_card(folder: Path) -> dict[str, Any]:
     """What a version's card.json says. Raises ModelError."""
     try:
-        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        data = (folder / "card.json").read_bytes()
+    except OSError as error:
         raise ModelError(
             f"{folder / 'card.json'} cannot be read ({error}); delete {folder} and export again"
         ) from error
-    if not isinstance(card, dict):
-        raise ModelError(f"{folder / 'card.json'} is not a JSON object; delete {folder} and export again")
+    return parse_card(data, str(folder))
+
+
+def parse_card(data: bytes, folder: str) -> dict[str, Any]:
+    """The card.json of the version in `folder`, a path or URI. Raises ModelError."""
+    try:
+        card = parse_object(data)
+        accuracy = card.get("accuracy")
+        if accuracy is not None and not (type(accuracy) in (int, float) and 0 <= accuracy <= 1):
+            raise ValueError(f"its accuracy {accuracy!r:.20} is no share")
+        if not str(card.get("digest")).isprintable():
+            raise ValueError("its digest is none")
+    except ValueError as error:
+        raise ModelError(f"{folder}/card.json cannot be read ({error}); delete {folder} and export again") from error
     return card
 
 

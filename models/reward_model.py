@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -33,6 +32,7 @@ from alignment.errors import ConfigError, ModelError
 from alignment.types import Message
 from models.quiet import quiet_transformers
 from models.reward_losses import merged_reward
+from models.tokenizer_file import check_tokenizer
 
 PASS_TOKENS = {"cpu": 24, "cuda": 1024}
 """What a forward pass costs beside its tokens, in tokens: on a CPU 9 ms at 0.31 ms a token; guessed for a GPU."""
@@ -77,6 +77,7 @@ def load_reader(source: str, *, num_outputs: int = 1) -> tuple[PretrainedConfig,
     if source.startswith(("/", ".", "~")) and not Path(source).is_dir():
         raise ModelError(f"reward.model ({source}): no such folder; give a model folder or a hub name")
     with _named_errors(source, num_outputs):
+        check_tokenizer(source)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         return AutoConfig.from_pretrained(source, num_labels=num_outputs, trust_remote_code=False), tokenizer
 
@@ -87,7 +88,7 @@ def _named_errors(source: str, num_outputs: int) -> Iterator[None]:
     try:
         with quiet_transformers():
             yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # of many types, where a config or a tokenizer is not what transformers expects
         raise ModelError(
             f"reward.model ({source}) cannot be loaded as a model with {num_outputs} outputs: {_first_line(error)}. "
             "Give a folder or hub name with config.json, safetensors weights and a tokenizer"

@@ -28,6 +28,7 @@ from alignment.lifeline import ELSEWHERE_S, INTERRUPTED_S
 from alignment.node_gpus import hold_one
 from alignment.run_folder import RunFolder, write_json
 from alignment.run_metrics import RunProgress, progress_file
+from alignment.types import JudgeRef
 from flow_runs import ROOT, SMOKE
 from sources import parse_preset
 
@@ -123,7 +124,8 @@ def test_the_base_is_validated_under_the_resources_of_validation(tmp_path: Path)
     config = config_in(tmp_path, "phases.validation.cpu=7")
     run, seen = see.new_run(config), []
     see_place = disaggregated.begin_step(config, str(run.path), "1")
-    write_json(run.scorers, {"reward_model": {}, "judge": {}})
+    judge = JudgeRef("judge", "/judge", 0.9)
+    write_json(run.scorers, {"reward_model": asdict(see.reference(config)), "judge": asdict(judge)})
     with patch.object(disaggregated, "_validate", lambda own, *_: seen.append(own.resources.cpu)):
         disaggregated.prepare_step(config, see_place)
     assert seen == [7]

@@ -338,7 +338,7 @@ def made_up_run(path: Path, sections: dict[str, dict[str, object]]) -> None:
     """Records of two RS steps, the first of which warms up, a config, and a checkpoint of 167 weights."""
     run = RunFolder(path)
     step = {
-        "kind": "step", "response_length_mean": 20.0, "num_selected": 6,
+        "kind": "step", "step": 1, "response_length_mean": 20.0, "num_selected": 6,
         "seconds": {"rollouts": 4.0, "scoring": 1.0, "update": 3.0},
     }  # fmt: skip
     run.append_metrics({**step, "seconds": {"rollouts": 99.0, "scoring": 99.0, "update": 99.0}})
