@@ -19,6 +19,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -118,10 +119,14 @@ def seal(checkpoints: Path, step: int, *, config: Mapping[str, Any], details: Ma
     with disk_errors(final):
         (staging / "run_config.json").write_text(json.dumps(config, indent=2))
         files = sorted(p for p in staging.rglob("*") if p.is_file())
-        sums = {str(p.relative_to(staging)): {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in files}
+        # The disk writes while cores add up: each would wait for the other otherwise.
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            settled = pool.submit(settle_files, staging)
+            digests = dict(zip(files, pool.map(sha256_file, files), strict=True))
+            settled.result()
+        sums = {str(p.relative_to(staging)): {"sha256": digests[p], "bytes": p.stat().st_size} for p in files}
         manifest = {"format": FORMAT, "step": step, "weights_sha256": _weights_digest(sums), "files": sums, **details}
         text = json.dumps(manifest, indent=2)
-        settle_files(staging)
         write_text(staging / "manifest.json", text)
         write_text(staging / "DONE", hashlib.sha256(text.encode()).hexdigest())
         staging.rename(final)
