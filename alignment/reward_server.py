@@ -37,7 +37,8 @@ class RewardServer:
             return
         raise RewardServerError(
             f"the local reward server ended with code {self.process.returncode}; the last lines of {self.log}:\n"
-            f"{log_tail(self.log)}"
+            f"{log_tail(self.log)}\nMend what they name (a damaged file: put it back from a copy, or remove the "
+            "version and export it again), then resume the run"
         )
 
 

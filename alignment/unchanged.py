@@ -5,7 +5,6 @@ Before the first checkpoint nothing does. What a run never reads again, rollouts
 checkpoints, is looked at by `python -m alignment.lineage RUN --verify` alone.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from alignment.errors import AlignmentError, ConfigError, DataError
 from alignment.preparation import NAMES
 from alignment.provenance import metrics_digest
 from alignment.run_folder import RunFolder
+from alignment.scorers_file import checked_scorers
 from alignment.types import JudgeRef, RewardModelRef
 from models.checkpoints import finished, read_manifest, sha256_file
 
@@ -34,11 +34,11 @@ def read_run_config(run: RunFolder) -> Config:
 def check_scorers(run: RunFolder, reward: RewardModelRef, judge: JudgeRef) -> None:
     """Raise DataError where scorers.json is not what the run's tasks were told of its reward model and judge."""
     try:
-        found = json.loads(run.scorers.read_text())
-        ours = RewardModelRef(**found["reward_model"])
-        theirs = JudgeRef(**{**found["judge"], "uri": run.local(found["judge"]["uri"])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = checked_scorers(run)
+    except DataError as error:
         raise DataError(f"{run.scorers} cannot be read ({error}): {REMEDY}") from error
+    ours = RewardModelRef(**found["reward_model"])
+    theirs = JudgeRef(**{**found["judge"], "uri": run.local(found["judge"]["uri"])})
     if (ours, theirs) != (reward, judge):
         raise DataError(
             f"{run.scorers} is damaged or was changed: it names {ours} and {theirs}, and this run began with {reward} "

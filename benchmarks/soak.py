@@ -3,8 +3,8 @@
     python -m benchmarks.soak [--steps N] [--steps-per-iteration N] [--seconds-apart S]
 
 The smoke preset, a tiny model, with many RS steps. Looks come from /proc, of the flow and all that it started. Disk is
-told apart: what a run keeps for good (rollouts, metrics, each checkpoint's manifest) grows with the steps, the rest is
-not to. The looks go to benchmarks/results/soak.json, the plot to soak.svg beside it.
+told apart: what a run keeps for good (rollouts, metrics, manifests, W&B's files, logs) grows with the steps, the
+rest is not to. The looks go to benchmarks/results/soak.json, the plot to soak.svg beside it.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from benchmarks.results import LATEST
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path("/dev/shm")
-KEPT_FOR_GOOD = ("rollouts", "metrics.jsonl", "lineage")
+KEPT_FOR_GOOD = ("rollouts", "metrics.jsonl", "lineage", "wandb", "logs")
 """Names, of a file or of a folder above it, of what grows with a run by its purpose."""
 SHARE = 0.2
 """Of a run's steps: the means over so many after the first tenth, which warms up, and over the last are compared."""

@@ -244,7 +244,7 @@ def _read_entry(root: str, name: str, version: int) -> Entry:
     is_model = found.kind == "policy" or (re.fullmatch(r"[A-Za-z0-9_-]+", model) and re.fullmatch(r"[0-9]+", number))
     is_model = is_model and re.fullmatch(r"[0-9A-Za-z]{1,64}", found.sha256)
     if (found.name, found.version) != (name, version) or ".." in parts or not is_model:
-        reason = f"it is {found.name}:{found.version}, {found.sha256!r} at {found.uri!r}"
+        reason = f"it is {found.name!r}:{found.version}, {found.sha256!r} at {found.uri!r}"
         raise ModelError(f"{place} is no entry of a registry ({reason}): remove it")
     return found
 

@@ -352,7 +352,9 @@ def workers_launched(config: Config, done: int = 0, url: str = "stand-in:1") -> 
         contextlib.suppress(Seen),
     ):
         external = config.model_copy(update={"reward": config.reward.model_copy(update={"url": url})})
-        colocated.iterate(external, new_run(config), reference(config), JudgeRef("judge", "judge", 1.0))
+        run, reward, judge = new_run(config), reference(config), JudgeRef("judge", "judge", 1.0)
+        write_json(run.scorers, {"reward_model": asdict(reward), "judge": asdict(judge)})
+        colocated.iterate(external, run, reward, judge)
     return seen
 
 

@@ -5,13 +5,14 @@ import json
 import math
 import random
 import re
-import struct
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from alignment.errors import ConfigError, DataError
 from alignment.run_folder import RunFolder
@@ -358,8 +359,7 @@ def made_up_run(path: Path, sections: dict[str, dict[str, object]]) -> None:
     (folder / "DONE").touch()
     sizes = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
     (folder / "config.json").write_text(json.dumps(sizes))
-    header = json.dumps({"__metadata__": {}, "a": {"shape": [10, 16]}, "b": {"shape": [7]}}).encode()
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    save_file({"a": torch.zeros(10, 16), "b": torch.zeros(7)}, folder / "model.safetensors")
 
 
 def taken(found: Inputs, gpus: int, executor: str, plan: dict[str, int]) -> list[float]:

@@ -13,7 +13,7 @@ import pytest
 
 from alignment import lineage
 from alignment.config import load_config
-from alignment.continuation import _link_tree
+from alignment.continuation import link_tree
 from alignment.errors import AlignmentError, CheckpointError, ConfigError, DataError, ModelError
 from alignment.links import link_out
 from alignment.run_checkpoints import fetch_checkpoint
@@ -171,7 +171,7 @@ def test_a_run_that_goes_on_takes_over_no_file_from_outside_its_source(run: RunF
     (run.prompts / "train.jsonl").unlink()
     (run.prompts / "train.jsonl").symlink_to(tmp_path / "secret")
     with pytest.raises(CheckpointError, match="leads out of"):
-        _link_tree(run.prompts, tmp_path / "new" / "prompts")
+        link_tree(run.prompts, tmp_path / "new" / "prompts")
     assert not (tmp_path / "new").exists()
 
 
