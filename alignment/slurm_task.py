@@ -25,8 +25,6 @@ RECORDED = {
     "slurm_cluster": "SLURM_CLUSTER_NAME",
 }
 """Metadata of a task, and the environment variables that hold it there."""
-CURABLE = ("RewardServerError", "StorageError", "StorageConflict", "WorkerError")
-"""Errors of this project that another try, on another node, may cure."""
 
 
 def end_in_order(grace_s: float) -> None:
@@ -48,8 +46,3 @@ def end_in_order(grace_s: float) -> None:
 def recorded(environment: Mapping[str, str]) -> dict[str, str]:
     """Where this task runs, for its metadata."""
     return {name: environment[variable] for name, variable in RECORDED.items() if variable in environment}
-
-
-def is_curable(error_type: str) -> bool:
-    """Whether a repetition may cure this kind of AlignmentError."""
-    return error_type in CURABLE

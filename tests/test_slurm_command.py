@@ -1,4 +1,4 @@
-"""What runs a step on Slurm, without a Slurm: the command, who ends it, which errors are worth a repetition."""
+"""What runs a step on Slurm, without a Slurm: the command, and who ends it."""
 
 import signal
 import subprocess
@@ -12,7 +12,7 @@ from alignment.errors import ConfigError
 from alignment.launch import Gang, _launcher
 from alignment.reward_server import external_url
 from alignment.slurm_command import NOTICE, SlurmTask, command
-from alignment.slurm_task import is_curable, recorded
+from alignment.slurm_task import recorded
 from flow_runs import ROOT, wait_for
 
 TASK = SlurmTask("RSFlow-7-iterate-9-0", cpu=4, gpu=8, memory=1000, grace_s=60.0, sources=("/src", "/work"))
@@ -74,11 +74,6 @@ def test_one_srun_starts_the_launcher_on_all_nodes_of_a_gang() -> None:
 def test_what_is_recorded_is_what_slurm_says() -> None:
     environment = {"SLURM_JOB_ID": "5", "SLURMD_NODENAME": "n1", "SLURM_JOB_PARTITION": "gpu", "HOME": "/root"}
     assert recorded(environment) == {"slurm_job_id": "5", "slurm_node": "n1", "slurm_partition": "gpu"}
-
-
-def test_errors_that_would_come_again_are_told_from_those_that_a_repetition_may_cure() -> None:
-    assert [is_curable(name) for name in ("WorkerError", "RewardServerError", "StorageError")] == [True] * 3
-    assert [is_curable(name) for name in ("ConfigError", "DataError", "StoppedError", "DiskError")] == [False] * 4
 
 
 def test_the_reward_servers_address_may_stand_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

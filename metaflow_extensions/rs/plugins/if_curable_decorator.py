@@ -28,13 +28,11 @@ class IfCurableDecorator(StepDecorator):
             cli_args.entrypoint = [sys.executable, "-c", f"raise SystemExit({METAFLOW_EXIT_DISALLOW_RETRY})"]
 
     def _in_vain(self, task, attempt):
-        from alignment import errors
-        from alignment.slurm_task import is_curable
+        from alignment.curable import comes_again
 
         try:
             left = self._datastore.get_task_datastore(task.run_id, task.step, task.task_id, attempt=attempt)
         except DataException:  # it did not come to its end
             return False
         error = left.get("_exception")
-        kind = error.type.rpartition(".")[2] if error else ""  # sources.plain_errors names it so
-        return isinstance(getattr(errors, kind, None), type) and not is_curable(kind)
+        return error is not None and comes_again(error.type.rpartition(".")[2])  # sources.plain_errors names it so

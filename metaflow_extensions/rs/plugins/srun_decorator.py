@@ -68,11 +68,9 @@ class SrunDecorator(StepDecorator):
 
     def task_exception(self, exception, step_name, flow, graph, retry_count, max_user_code_retries):
         """Remember an error that a repetition would only meet again."""
-        from alignment import errors
-        from alignment.slurm_task import is_curable
+        from alignment.curable import comes_again
 
-        kind = getattr(exception, "headline", "")  # sources.plain_errors puts the error's name there
-        if isinstance(getattr(errors, str(kind), None), type) and not is_curable(kind):
+        if comes_again(str(getattr(exception, "headline", ""))):  # sources.plain_errors puts the error's name there
             self._error = exception
 
     def task_finished(self, step_name, flow, graph, is_task_ok, retry_count, max_retries):
