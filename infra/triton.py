@@ -113,13 +113,14 @@ def serve(
 
 
 def log_tail(path: Path, lines: int = 15) -> str:
-    """The last lines of a log, indented; for error messages."""
+    """The last lines of a log, indented; for error messages. Triton's tables, of hundreds of columns, are left out."""
     if not path.is_file():
         return f"    ({path} does not exist)"
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 65536))
         text = file.read().decode("utf-8", errors="replace")
-    return "\n".join(f"    {line}" for line in text.splitlines()[-lines:])
+    told = [line for line in text.splitlines() if line.strip() and not line.startswith(("+--", "| "))]
+    return "\n".join(f"    {line}" for line in told[-lines:])
 
 
 def _die_with_parent() -> Callable[[], None]:

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 
 import config_effects as see
-from alignment import colocated, disaggregated, inner_run, rs_step, stages, update_worker, worker
+from alignment import colocated, disaggregated, inner_run, rs_step, stages, update_worker
 from alignment.config import Config, load_config
 from alignment.config_promotion import PromotionSection
 from alignment.errors import CheckpointError, ConfigError, TrainingError
@@ -270,7 +270,7 @@ def test_in_phases_the_validation_that_falls_ends_the_loop_too(fallen: tuple[Con
     FallingStandIn.run = run
     with patch.object(see, "RewardClientStandIn", FallingStandIn):
         see.run_iteration(config, run, until=2)
-        with patch.object(worker, "settle", lambda *_: None):  # which the validation does here
+        with patch("alignment.rollback.settle", lambda *_: None):  # which the validation does here
             trained = see.run_iteration(config, run, until=3)
     checkpoint = {"sha256": trained.weights}
     run.truncate_metrics(2)
