@@ -36,11 +36,13 @@ class WandbWriter:
 
     def __init__(self, run: Any, folder: Path) -> None:
         part = Path(run.dir).parent.name
-        self._run, self._folder, self._is_online = run, folder, not part.startswith(OFFLINE)
+        self._run = run
         self._marks = Marks(folder / "logged.txt")
         self._marks.forget(lost_marks(self._marks, folder))
         # Rows that the server holds, where there are none but those: then the first ones of the run are there.
-        whole = self._is_online and not any(p.name.startswith(OFFLINE) or not p.name for p in self._marks.parts)
+        whole = not part.startswith(OFFLINE) and not any(
+            p.name.startswith(OFFLINE) or not p.name for p in self._marks.parts
+        )
         self._held = run.starting_step if whole else None
         self._asked: set[str] = set()
         self._marks.begin(part)
@@ -74,13 +76,12 @@ class WandbWriter:
 
     def _refer(self, model: StoredModel) -> None:
         """An artifact whose entries lead to where the files lie."""
-        artifact = _artifact(model)
-        if not model.is_input:
-            self._run.log_artifact(artifact, aliases=list(model.aliases))
-        elif self._is_online:
-            self._run.use_artifact(artifact, aliases=list(model.aliases))
-        else:  # `use_artifact` refuses to work offline, though `wandb sync` knows what to do with its record
-            self._run._log_artifact(artifact, aliases=list(model.aliases), use_after_commit=True)
+        artifact, aliases = _artifact(model), list(model.aliases)
+        if model.is_input:
+            # What `use_artifact` calls, which then waits for the server without a limit, and refuses to work offline.
+            self._run._log_artifact(artifact, aliases=aliases, is_user_created=True, use_after_commit=True)
+        else:
+            self._run.log_artifact(artifact, aliases=aliases)
 
 
 def lost_marks(marks: Marks, folder: Path) -> set[str]:

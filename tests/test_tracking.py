@@ -50,6 +50,7 @@ with tracked(run, **own) as tracker:
         tracker.log_step(record)
     if end == "killed":
         os.kill(os.getpid(), 9)
+    tracker.log_models({2: ("best",)})
     tracker.alert(Alarm(2, "the judge stays behind"))
     report = {"evaluation": {"win_rate": 0.75, "win_rate_ci95": [0.6, 0.9], "base": {"reward_mean": 0.0}}}
     report |= {"reward_model": {"name": "rm"}, "judge": {}, "seconds": {"total": 9.0}, "checkpoint": {"step": 2}}

@@ -34,7 +34,7 @@ class WandbStandIn:
     used: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     manifests: list[dict[str, Any]] = field(default_factory=list)
-    saved: list[dict[str, Any]] = field(default_factory=list)
+    uploads: list[str] = field(default_factory=list)
     rows_lost: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -56,7 +56,7 @@ class WandbStandIn:
                 files = [{"name": name, "uploadUrl": self._url(name)} for name in given["files"]]
                 return {"createRunFiles": {"runID": "run", "uploadHeaders": [], "files": files}}
             case "CreateArtifact":
-                self.artifacts.append(given)
+                self.artifacts.append(given.get("input", given))
                 sequence = {"id": "sequence", "latestArtifact": None}
                 made = {"id": f"artifact-{len(self.artifacts)}", "state": "PENDING", "artifactSequence": sequence}
                 return {"createArtifact": {"artifact": made}}
@@ -73,8 +73,8 @@ class WandbStandIn:
             case "CommitArtifact":
                 return {"commitArtifact": {"artifact": {"id": given["artifactID"], "digest": "d"}}}
             case "UseArtifact":
-                self.used.append(given["artifactID"])
-                return {"useArtifact": {"artifact": {"id": given["artifactID"], "digest": "d"}}}
+                self.used.append(given["input"]["artifactID"])
+                return {"useArtifact": {"artifact": {"id": given["input"]["artifactID"], "digest": "d"}}}
             case "CreateArtifactFiles":
                 edges = [{"node": self._file(one)} for one in given["artifactFiles"]]
                 return {"createArtifactFiles": {"files": {"edges": edges}}}
@@ -148,6 +148,7 @@ def wandb_stand_in() -> Iterator[WandbStandIn]:
 
         def do_PUT(self) -> None:
             data = self.body()
+            held.uploads.append(self.path.removeprefix("/upload/"))
             if self.path.endswith("manifest"):
                 held.manifests.append(json.loads(data))
             self.reply({})
@@ -165,7 +166,10 @@ def wandb_stand_in() -> Iterator[WandbStandIn]:
                 asked = json.loads(data)
                 found = re.search(r"(?:query|mutation)\s+(\w+)", asked["query"])
                 operation = found[1] if found else asked["query"].strip()[:40]
-                answer = held.answer(operation, asked.get("variables") or {})
+                try:
+                    answer = held.answer(operation, asked.get("variables") or {})
+                except KeyError as error:
+                    operation, answer = f"{operation} without {error}", None
                 if answer is None:
                     held.unknown.append(operation)
                 self.reply(

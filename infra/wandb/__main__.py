@@ -1,7 +1,7 @@
 """Create the project's workspace and report in W&B, or write what they would be.
 
-    python -m infra.wandb --project rejection-sampling --entity TEAM
-    python -m infra.wandb --project rejection-sampling --entity TEAM --dry-run dashboard.json
+python -m infra.wandb --project rejection-sampling --entity TEAM
+python -m infra.wandb --project rejection-sampling --entity TEAM --dry-run dashboard.json
 """
 
 import argparse

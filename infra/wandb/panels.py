@@ -96,7 +96,7 @@ SECTIONS = (
     ),
     Section(
         "The reward server",
-        "A queue time that grows with full batches asks for another instance; a small batch for larger rollout batches.",
+        "Queue time that grows with full batches asks for another instance; small batches for more rollouts at a time.",
         (
             Chart("Conversations in a batch", ("scoring_server/mean_batch",)),
             Chart("Milliseconds queued and computed", ("scoring_server/queue_ms", "scoring_server/compute_ms")),

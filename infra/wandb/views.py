@@ -39,9 +39,7 @@ def report(entity: str, project: str) -> Any:
         charts = reports.PanelGrid(runsets=[runs], panels=[_panel(chart) for chart in section.charts])
         blocks += [reports.H1(text=section.title), reports.P(text=section.text), charts]
     about = "Each number is explained in docs/dashboards.md; the verdict on a run is its report.html."
-    return reports.Report(
-        entity=entity, project=project, title=TITLE, description=about, blocks=blocks, width="fluid"
-    )
+    return reports.Report(entity=entity, project=project, title=TITLE, description=about, blocks=blocks, width="fluid")
 
 
 def specification(entity: str, project: str) -> dict[str, Any]:
