@@ -4,6 +4,7 @@ Each item bears a mark, its name within the run, so that a writer that several p
 it once.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -87,8 +88,8 @@ class StoredModel:
     @property
     def mark(self) -> str:
         """Names it within the run: other files, or another alias, are told anew."""
-        content = "".join(file.sha256[:8] for file in self.files.values())[:64]
-        return " ".join(("model", self.name, content, *self.aliases))
+        content = hashlib.sha256(" ".join(file.sha256 for file in self.files.values()).encode()).hexdigest()
+        return " ".join(("model", self.name, content[:16], *self.aliases))
 
 
 Item = Record | Alert | Summary | StoredModel

@@ -9,6 +9,7 @@ A process that is killed loses what its writer had not yet put on the disk: the 
 ended are doubtful until somebody has looked.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,12 +26,12 @@ class Part:
 
 
 class Marks:
-    """The file of marks, read once and appended to."""
+    """The file of marks, read once and appended to. `lost` says which of a part's marks stand for nothing."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lost: Callable[[Part], set[str]] = lambda _: set()) -> None:
         self.path = path
         self.parts = _parts(path)
-        self._known = {mark for part in self.parts for mark in part.marks}
+        self._known = {mark for part in self.parts for mark in {*part.marks} - lost(part)}
 
     def __contains__(self, mark: str) -> bool:
         return mark in self._known
@@ -39,10 +40,6 @@ class Marks:
         """An item was taken."""
         self._known.add(mark)
         self._append(mark)
-
-    def forget(self, marks: set[str]) -> None:
-        """These were found not to be there: they may be taken again."""
-        self._known -= marks
 
     def begin(self, name: str) -> None:
         """What follows is of a part of this name."""

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from urllib.parse import urlparse
 
 from alignment.tracked_items import Alert, Histogram, Item, Record, StoredModel, Summary
-from alignment.tracked_marks import Marks
+from alignment.tracked_marks import Marks, Part
 from alignment.tracked_metrics import FAMILIES, STEP
 from alignment.wandb_files import history
 
@@ -37,8 +37,7 @@ class WandbWriter:
     def __init__(self, run: Any, folder: Path) -> None:
         part = Path(run.dir).parent.name
         self._run = run
-        self._marks = Marks(folder / "logged.txt")
-        self._marks.forget(lost_marks(self._marks, folder))
+        self._marks = Marks(folder / "logged.txt", lambda part: lost_marks(part, folder))
         # Rows that the server holds, where there are none but those: then the first ones of the run are there.
         whole = not part.startswith(OFFLINE) and not any(
             p.name.startswith(OFFLINE) or not p.name for p in self._marks.parts
@@ -84,18 +83,20 @@ class WandbWriter:
             self._run.log_artifact(artifact, aliases=aliases)
 
 
-def lost_marks(marks: Marks, folder: Path) -> set[str]:
-    """Records that a killed offline process marked and did not put on the disk.
+def lost_marks(part: Part, folder: Path) -> set[str]:
+    """What a killed process marked and may not have put on the disk: a model, which may well be told twice, and of an
+    offline process each record that its file lacks.
 
-    A part whose folder is gone was synced and removed: it keeps its marks.
+    A part whose folder is gone was synced and removed: it keeps its records.
     """
-    lost: set[str] = set()
-    for part in marks.parts:
-        files = list((folder / part.name).glob("run-*.wandb")) if part.name.startswith(OFFLINE) else []
-        if files and not part.has_ended:
-            there = {_mark(row) for row in history(files[0])}
-            lost |= {mark for mark in part.marks if mark.split()[0] in ("step", "validation") and mark not in there}
-    return lost
+    if part.has_ended:
+        return set()
+    models = {mark for mark in part.marks if mark.startswith("model ")}
+    files = list((folder / part.name).glob("run-*.wandb")) if part.name.startswith(OFFLINE) else []
+    if not files:
+        return models
+    there = {_mark(row) for row in history(files[0])}
+    return models | {mark for mark in part.marks if mark.split()[0] in ("step", "validation") and mark not in there}
 
 
 def _mark(row: Mapping[str, Any]) -> str:

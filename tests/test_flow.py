@@ -159,7 +159,7 @@ def test_one_wandb_run_over_all_processes(undisturbed):
 def test_its_models_stand_in_wandb_by_reference(undisturbed):
     artifacts = [one for found in read_runs(undisturbed.folder) for one in found["artifacts"]]
     reward = [one for one in artifacts if one.type == "reward_model"]
-    assert [(one.use_after_commit, list(one.aliases)) for one in reward] == [(True, ["version-1"])]
+    assert [(one.use_after_commit, set(one.aliases)) for one in reward] == [(True, {"version-1", "latest"})]
     assert reward[0].manifest.contents[0].digest == undisturbed.report["reward_model"]["digest"]
     best = undisturbed.report["checkpoint"]
     policy = [one for one in artifacts if one.type == "model" and "best" in one.aliases]

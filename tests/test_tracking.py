@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from alignment.run_folder import RunFolder
+from alignment.tracked_marks import Marks
 from alignment.tracking import _has_credentials, tracked
 from alignment.wandb_files import records
+from alignment.wandb_writer import lost_marks
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "0123456789abcdef0123456789abcdef01234567"  # the form of an API key; not one
@@ -158,8 +160,20 @@ def test_two_processes_are_one_run_and_no_step_is_doubled(tmp_path: Path) -> Non
 def test_what_a_killed_process_had_not_put_on_the_disk_is_told_again(tmp_path: Path) -> None:
     run_program(tmp_path, "offline", [1, 2], end="killed")
     assert told(tmp_path / "run-7") == []  # wandb writes every few seconds
-    run_program(tmp_path, "offline", [3])
-    assert told(tmp_path / "run-7") == both(1, 2, 3)
+    for _ in range(2):
+        run_program(tmp_path, "offline", [3])
+        assert told(tmp_path / "run-7") == both(1, 2, 3)
+
+
+def test_marks_of_a_killed_process_are_doubted_until_another_has_told_the_same(tmp_path: Path) -> None:
+    text = "step 0\nbegun offline-run-1\nmodel a 0\nended\nbegun run-2\nstep 2\nmodel b 0\nmodel c 0\n"
+    (tmp_path / "logged.txt").write_text(f"{text}begun run-3\nmodel b 0\nended\n")
+    marks = Marks(tmp_path / "logged.txt", lambda part: lost_marks(part, tmp_path))
+    assert [(part.name, part.has_ended) for part in marks.parts] == [
+        ("", True), ("offline-run-1", True), ("run-2", False), ("run-3", True)
+    ]  # fmt: skip
+    assert all(mark in marks for mark in ("step 0", "model a 0", "step 2", "model b 0"))
+    assert "model c 0" not in marks
 
 
 def test_what_was_recorded_and_not_told_is_told_by_the_next_process(tmp_path: Path) -> None:
