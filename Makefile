@@ -101,7 +101,8 @@ $(STAMP): requirements.txt requirements-data.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-data.txt
 	@touch $@
 
-$(DEV_STAMP): requirements-dev.txt requirements-kubernetes.txt requirements-onnx.txt requirements-lm-eval.txt requirements-trl.txt $(STAMP)
+$(DEV_STAMP): requirements-dev.txt requirements-kubernetes.txt requirements-onnx.txt requirements-lm-eval.txt requirements-trl.txt requirements-wandb.txt \
+              requirements-tensorboard.txt $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	@touch $@
 

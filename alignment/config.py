@@ -32,6 +32,7 @@ from alignment.config_sections import (
     RunSection,
     Section,
     SelectionSection,
+    TensorboardSection,
     ValidationSection,
     WandbSection,
     clock_seconds,
@@ -74,6 +75,7 @@ class Config(Section):
     slurm: SlurmSection = SlurmSection()
     kubernetes: KubernetesSection = KubernetesSection()
     wandb: WandbSection = WandbSection()
+    tensorboard: TensorboardSection = TensorboardSection()
 
     @property
     def num_workers(self) -> int:

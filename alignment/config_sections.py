@@ -270,3 +270,10 @@ class WandbSection(Section):
     """`auto` is online where an API key is found, else offline."""
     project: str = "rejection-sampling"
     """W&B project."""
+    sample_prompts: int = Field(4, ge=0)
+    """Prompts of which a table shows every response after each validation; with 0 no text leaves the run's folder."""
+
+
+class TensorboardSection(Section):
+    enabled: bool = False
+    """Whether the run's numbers and histograms are also written for TensorBoard, into <run>/tensorboard."""

@@ -127,7 +127,9 @@ def evaluate_against(
 
 
 def _log(config: Config, run: RunFolder, report: dict[str, Any]) -> None:
+    alias = report.get("promotion", {}).get("alias")
     with tracker(config, run) as wandb_run:
+        wandb_run.log_models({report["checkpoint"]["step"]: ("best", *([alias] if alias else []))})
         wandb_run.log_summary(report)
 
 

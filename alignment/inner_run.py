@@ -82,6 +82,7 @@ def iterate(config: Config, run_path: str) -> tuple[Checkpoint, bool]:
         for record in untold(run.read_metrics()):
             just_done = todo.is_left and record["step"] == todo.step
             listen(record, time.monotonic() - begun if just_done else None)
+        wandb_run.log_models()
         run.append_metrics({"kind": "task", "name": "iterate", "seconds": time.monotonic() - begun, "starting": 0.0})
         failed = settle(config.promotion, run)
         if failed is not None or todo.step == todo.total:

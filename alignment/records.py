@@ -8,6 +8,7 @@ the members of a reward that several models make; their keys are "name/version",
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from alignment.statistics import expected_best
 from alignment.types import Decision, ScoredRollout, StepUpdate
 from models.judge import Judge, judge_text
 
@@ -24,12 +25,16 @@ def step_record(
     scoring_cache: Mapping[str, int] | None = None,
     lost_prompts: Sequence[str] = (),
     reused_from: str | None = None,
+    gpu_memory_bytes: int | None = None,
 ) -> dict[str, Any]:
     """The RS step's line. `scoring_server` is what `triton_metrics.difference` found, or its keys with None.
 
     The line has these where there are any: what `scoring_cache` answered (`hits`) and did not (`misses`),
     `lost_prompts`, the ids of prompts whose shard was lost, and `reused_from`, the run that drew the rollouts, where it
-    was another one. Then no tokens were drawn here, and `tokens_per_second` is None.
+    was another one. Then no tokens were drawn here, and `tokens_per_second` is None. `best_of_n` is the expected best
+    reward of 1, 2, … of a prompt's own responses. `entropy` is nats per response token, estimated by the mean −log p of
+    the tokens drawn: the policy's entropy where they were drawn at temperature 1 from the whole vocabulary, None for
+    rollouts without probabilities. `gpu_memory_bytes` is the most that a worker's GPU held.
     """
     judged = _judged(judge, scored)
     chosen = [i for i, d in enumerate(decisions) if d.selected]
@@ -45,7 +50,11 @@ def step_record(
         "selected_judge_mean": mean([judged[i] for i in chosen]),
         **_means_by_model("", [scored[i] for i in drawn]),
         **_means_by_model("selected_", [scored[i] for i in chosen], like=scored),
+        "best_of_n": expected_best(_by_prompt([scored[i] for i in drawn])),
+        "entropy": _entropy([scored[i] for i in drawn]),
+        "prompt_length_mean": mean([len(scored[i].prompt_ids) for i in drawn]),
         "response_length_mean": tokens / len(drawn),
+        "selected_response_length_mean": mean([scored[i].num_tokens for i in chosen]),
         "truncated_fraction": mean([scored[i].finish_reason == "length" for i in drawn]),
         "duplicate_fraction": 1 - len(distinct) / len(drawn),
         "num_rollouts": len(drawn),
@@ -60,6 +69,7 @@ def step_record(
         "seconds": dict(seconds),
         "scoring_server": dict(scoring_server),
         "tokens_per_second": None if reused_from else tokens / seconds["rollouts"],
+        "gpu_memory_bytes": gpu_memory_bytes,
         "prompt_ids": list(dict.fromkeys(r.prompt_id for r in scored)),
         **_cached(scoring_cache),
         **({"lost_prompts": list(lost_prompts)} if lost_prompts else {}),
@@ -97,6 +107,20 @@ def validation_record(
 def mean(values: Sequence[float]) -> float | None:
     """The mean; None where there is nothing to average."""
     return sum(values) / len(values) if values else None
+
+
+def _by_prompt(rollouts: Sequence[ScoredRollout]) -> list[list[float]]:
+    """Rewards of each prompt."""
+    found: dict[str, list[float]] = {}
+    for one in rollouts:
+        found.setdefault(one.prompt_id, []).append(one.reward)
+    return list(found.values())
+
+
+def _entropy(rollouts: Sequence[ScoredRollout]) -> float | None:
+    """Mean −log p of all tokens that were drawn, in nats."""
+    tokens = sum(len(r.log_probs) for r in rollouts)
+    return -sum(sum(r.log_probs) for r in rollouts) / tokens if tokens else None
 
 
 def _means_by_model(

@@ -80,6 +80,7 @@ def rs_step(session: Session, step: int) -> None:
     except TrainingError as error:
         raise Diverged(error) from error
     seconds["update"] = time.monotonic() - begun
+    held = trainer.peak_gpu_bytes()
     if trainer.is_writer:
         # Nobody has asked the server for anything since the step was scored.
         served = session.watch.end()
@@ -94,6 +95,7 @@ def rs_step(session: Session, step: int) -> None:
             scoring_cache=cached,
             lost_prompts=without_rollouts(prompts, scored),
             reused_from=source,
+            gpu_memory_bytes=held,
         )
         trainer.run.append_metrics(record)
         session.emit(record)

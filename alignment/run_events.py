@@ -40,5 +40,7 @@ def listener(run: RunFolder, wandb_run: Tracker, *, done: int, total: int) -> Li
             for alarm in newest_alarms(run.read_metrics()):
                 lines.update({"kind": "note", "text": f"alarm: {alarm.text}"})
                 wandb_run.alert(alarm)
+        elif event["kind"] == "checkpoint":
+            wandb_run.log_models()
 
     return listen

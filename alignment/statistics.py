@@ -6,6 +6,7 @@ of two policies is paired, so the differences per prompt are what is resampled. 
 model; `n` and `P` are the responses per prompt and the prompts.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -119,6 +120,31 @@ def best_of_n_win_rate(
     by_reward = preferences(np.take_along_axis(rewards, best, axis=1)[:, 0], opponent)
     by_judge = preferences(np.take_along_axis(judge, best, axis=1)[:, 0], judge_opponent)
     return float(by_reward.mean()), float(by_judge.mean())
+
+
+def expected_best(scores: Sequence[Sequence[float]]) -> list[float]:
+    """The expected highest of n scores of a prompt, for n = 1, 2, … up to the fewest that a prompt has; prompts' mean.
+
+    Without bias: it is the mean over all subsets of n of a prompt's N scores. The i-th lowest is the highest of
+    C(i − 1, n − 1) of the C(N, n) subsets, so E = Σᵢ C(i − 1, n − 1) / C(N, n) · xᵢ. Raises DataError.
+    """
+    if not scores:
+        raise DataError("the expected best of n needs the scores of one prompt at least")
+    curves = [_subset_weights(len(one)) @ one for one in (np.sort(_vector(one, "scores")) for one in scores)]
+    most = min(len(curve) for curve in curves)
+    best: list[float] = np.mean([curve[:most] for curve in curves], axis=0).tolist()
+    return best
+
+
+@functools.lru_cache(maxsize=8)
+def _subset_weights(count: int) -> npt.NDArray[np.float64]:
+    """Share of the subsets of n (row n − 1) of `count` scores whose highest is the i-th lowest (column i − 1)."""
+    sizes = np.arange(1, count + 1)
+    weights = np.zeros((count, count))
+    weights[:, -1] = sizes / count
+    for i in range(count - 1, 0, -1):  # C(i − 1, n − 1) = C(i, n − 1) · (i − n + 1) / i
+        weights[:, i - 1] = weights[:, i] * np.clip(i - sizes + 1, 0, None) / i
+    return weights
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:

@@ -208,13 +208,18 @@ def tested_clients(
 
 
 def tracker(config: Config, run: RunFolder) -> AbstractContextManager[Tracker]:
-    """The run's one W&B run, joined by this process."""
+    """What the run is drawn with, its one W&B run above all, joined by this process."""
+    from models.checkpoints import finished
+
+    own = config.wandb
     return tracked(
-        run.path.name,
-        mode=config.wandb.mode,
-        project=config.wandb.project,
+        run,
+        mode=own.mode,
+        project=own.project,
+        sample_prompts=own.sample_prompts,
+        tensorboard=config.tensorboard.enabled,
         config=config.model_dump(mode="json"),
-        folder=run.path,
+        until=max((int(folder.name.removeprefix("step-")) for folder in finished(run.checkpoints)), default=0),
     )
 
 

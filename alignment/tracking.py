@@ -1,217 +1,188 @@
-"""Weights & Biases: one W&B run per run, logged from as many processes as the run has.
+"""Tracking: a run's records, alarms, results and models as one stream, which W&B and TensorBoard draw.
 
-Every process of a run opens the same W&B run (its id is the run id), so all charts are drawn against the
-project's own `rs/step`: W&B counts its own steps anew in each process. Which records have been logged is
-noted in `<folder>/wandb/logged.txt`, so that a step that is replayed after a crash is not drawn twice.
+The stream is made from the run's own files, so that it has no gap: whoever opens it first catches up with what
+metrics.jsonl holds and a writer has not, because its process was killed or could not write.
 
-Tracking never stops a run: whatever fails is said once on standard error, and the run goes on without it.
-The names follow NeMo-Aligner's: `train_rollouts/`, `train_optim/`, `val_rollouts/`, `timers/`; `scoring_server/` is
-Triton's statistics.
+Tracking never stops a run: what fails is said once on standard error, and the run goes on without that writer.
 """
 
 import contextlib
 import netrc
-import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlparse
+from typing import Any
 
+from alignment.errors import AlignmentError
 from alignment.over_optimisation import Alarm
-
-Mode = Literal["auto", "online", "offline", "disabled"]
-
-INIT_SECONDS = 30.0
-"""Seconds that W&B's server may take to answer at the start."""
-FINISH_SECONDS = 60.0
-"""Seconds that the upload of what is left may take at the end; the data also lie on the disk."""
-
-STEP_NAMES = {
-    "train_rollouts/global_rewards": "reward_mean",
-    "train_rollouts/selected_rewards": "selected_reward_mean",
-    "train_rollouts/judge_mean": "judge_mean",
-    "train_rollouts/selected_judge_mean": "selected_judge_mean",
-    "train_rollouts/global_response_lengths_mean": "response_length_mean",
-    "train_rollouts/truncated_fraction": "truncated_fraction",
-    "train_rollouts/duplicate_fraction": "duplicate_fraction",
-    "train_rollouts/num_rollouts": "num_rollouts",
-    "train_rollouts/num_selected": "num_selected",
-    "train_rollouts/tokens_per_second": "tokens_per_second",
-    "train_optim/loss": "loss",
-    "train_optim/kl": "kl",
-    "train_optim/grad_norm": "grad_norm",
-    "train_optim/lr": "lr",
-    "train_optim/response_tokens": "response_tokens",
-}
-"""Name in W&B of each number of a "step" record."""
-TIMER_NAMES = {"timers/rollout_time": "rollouts", "timers/scoring_time": "scoring", "timers/train_time": "update"}
-"""Name in W&B of each entry of a step's `seconds`."""
-FAMILIES = ("train_rollouts", "train_optim", "val_rollouts", "timers", "scoring_server", "scoring_cache")
+from alignment.run_folder import RunFolder
+from alignment.tensorboard_writer import TensorboardWriter
+from alignment.tracked_items import Alert, Item, Record, StoredModel, Summary, Writer
+from alignment.tracked_metrics import SAMPLES, points
+from alignment.tracked_models import checkpoints, reward_models
+from alignment.tracked_samples import samples_table, step_histograms
+from alignment.wandb_writer import Mode, WandbWriter, forget_failed_start, has_credentials, open_wandb
 
 
 class Tracker:
-    """Logs the records of metrics.jsonl and the report. Without a W&B run it does nothing."""
+    """Hands the run's items to its writers. Without any it does nothing.
 
-    def __init__(self, run: Any | None, logged: Path) -> None:
-        self._run = run
-        self._logged = logged
+    `sample_prompts`: prompts of which a table shows every response.
+    """
+
+    def __init__(self, run: RunFolder, writers: Sequence[Writer], sample_prompts: int) -> None:
+        self._run, self._writers, self._sample_prompts = run, list(writers), sample_prompts
+
+    def catch_up(self, until: int) -> None:
+        """What metrics.jsonl holds of the run's own RS steps up to `until`: those beyond it are done again.
+
+        Another run's, which came with `resume.from`, were told there.
+        """
+        with _said():
+            for record in self._run.read_metrics() if self._writers else ():
+                told = record.get("kind") in ("step", "validation") and "run_id" not in record
+                if told and record["step"] <= until:
+                    self._log(record)
 
     def log_step(self, record: Mapping[str, Any]) -> None:
-        """Logs a "step" record: all rollouts beside the selected ones, optimizer, timers, reward server."""
-        values = {name: record[key] for name, key in STEP_NAMES.items()}
-        values |= {name: record["seconds"][key] for name, key in TIMER_NAMES.items()}
-        values |= {f"scoring_server/{key}": value for key, value in record["scoring_server"].items()}
-        values |= {f"scoring_cache/{key}": value for key, value in record.get("scoring_cache", {}).items()}
-        for key in ("member_means", "selected_member_means", "shadow_means", "selected_shadow_means"):
-            values |= {f"train_rollouts/{key}/{model}": mean for model, mean in record.get(key, {}).items()}
-        self._log("step", record["step"], values)
+        """A "step" record, and histograms of its rollouts."""
+        self._log(record)
 
     def log_validation(self, record: Mapping[str, Any]) -> None:
-        """Logs a "validation" record."""
-        values = {"val_rollouts/global_rewards": record["reward_mean"], "val_rollouts/judge": record["judge_mean"]}
-        for key in ("member_means", "shadow_means"):
-            values |= {f"val_rollouts/{key}/{model}": mean for model, mean in record.get(key, {}).items()}
-        self._log("validation", record["step"], values | {"timers/validation_time": record["seconds"]})
+        """A "validation" record, and responses of the RS step that it follows."""
+        self._log(record)
+
+    def log_models(self, names: Mapping[int, tuple[str, ...]] | None = None) -> None:
+        """The reward models that the run uses, and its checkpoints; `names` are aliases of those of some RS steps."""
+        with _said():
+            for model in [*reward_models(self._run), *checkpoints(self._run, names or {})] if self._writers else ():
+                self._write(model)
 
     def alert(self, alarm: Alarm) -> None:
-        """Sends an alarm as a W&B alert, once."""
-
-        def send(run: Any) -> None:
-            run.alert(title=f"RS step {alarm.step}: {alarm.who} does not follow the reward", text=alarm.text)
-
-        self._once(f"alarm {alarm.step} {alarm.who}", send)
+        """An alarm, once."""
+        title = f"RS step {alarm.step}: {alarm.who} does not follow the reward"
+        self._write(Alert(f"alarm {alarm.step} {alarm.who}", title, alarm.text))
 
     def log_summary(self, report: Mapping[str, Any]) -> None:
-        """Puts the report's result into the W&B run's summary, as `evaluation/win_rate` and so on."""
+        """The report's result, as `evaluation/win_rate` and so on."""
         keys = ("evaluation", "reward_model", "judge", "seconds", "checkpoint")
         values = {k: v for key in keys for k, v in _flat(key, report[key])}
         if "promotion" in report:
             values["promotion/verdict"] = report["promotion"]["verdict"]
-        self._guarded(lambda run: run.summary.update(values))
+        self._write(Summary(values))
 
-    def _log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        present = {name: value for name, value in values.items() if value is not None}
-        self._once(f"{kind} {step}", lambda run: run.log({"rs/step": step, **present}))
+    def close(self, *, failed: bool) -> None:
+        """Close all writers."""
+        for writer in self._writers:
+            try:
+                writer.close(failed=failed)
+            except Exception as error:  # of many types, a time-out above all
+                _say(writer.name, f"{_one_line(error)}; what was not written elsewhere is in {self._run.path}")
 
-    def _once(self, mark: str, action: Callable[[Any], None]) -> None:
-        """Runs `action` on the W&B run unless `mark` says that it was done."""
+    def _log(self, record: Mapping[str, Any]) -> None:
+        item = Record(record["kind"], record["step"], points(record))
+        self._write(item, lambda: self._with_rollouts(item))
 
-        def marked(run: Any) -> None:
-            if self._logged.exists() and mark in self._logged.read_text().splitlines():
-                return
-            action(run)
-            with open(self._logged, "a") as file:
-                file.write(mark + "\n")
+    def _with_rollouts(self, item: Record) -> Record:
+        """The record with what the files of its RS step have to show."""
+        path = self._run.rollouts_file(item.step)
+        if item.kind == "step":
+            return replace(item, histograms=step_histograms(path))
+        table = samples_table(path, self._sample_prompts)
+        return replace(item, tables={SAMPLES: table} if table else {})
 
-        self._guarded(marked)
+    def _write(self, item: Item, whole: Callable[[], Item] | None = None) -> None:
+        """Gives the item to each writer that has not got it; `whole` makes what is dear to make of it.
 
-    def _guarded(self, action: Callable[[Any], None]) -> None:
-        """Runs `action` on the W&B run; its first failure is told and ends the tracking."""
-        if self._run is None:
-            return
-        try:
-            action(self._run)
-        except Exception as error:  # W&B's faults are of many types; none of them may stop a run
-            _say(f"{_one_line(error)}; the run goes on without W&B")
-            self._run = None
+        The first failure of a writer is told and ends it, unless a model cannot be referred to.
+        """
+        for writer in tuple(self._writers):
+            try:
+                if not writer.has(item):
+                    writer.write(whole() if whole else item)
+            except Exception as error:  # of many types; none of them may stop a run
+                if isinstance(item, StoredModel):
+                    _say(writer.name, f"{_one_line(error)}; {item.name} does not stand there")
+                    continue
+                _say(writer.name, f"{_one_line(error)}; the run goes on without {writer.name}")
+                self._writers.remove(writer)
 
 
 @contextlib.contextmanager
-def tracked(run_id: str, *, mode: Mode, project: str, config: Mapping[str, Any], folder: Path) -> Iterator[Tracker]:
-    """Opens the W&B run `run_id` in `folder` for the time of the body.
+def tracked(
+    run: RunFolder,
+    *,
+    mode: Mode,
+    project: str,
+    sample_prompts: int,
+    tensorboard: bool,
+    config: Mapping[str, Any],
+    until: int = sys.maxsize,
+) -> Iterator[Tracker]:
+    """Opens the run's writers for the time of the body, and catches up with its records up to RS step `until`.
 
-    `auto` is online where an API key is configured (WANDB_API_KEY or a netrc entry), else offline: then
-    `wandb sync <folder>/wandb/offline-run-*` uploads it later. If W&B does not answer, the run is tracked
-    offline. `disabled` does not import wandb. Raises nothing of W&B's.
+    W&B's `auto` is online where an API key is configured (WANDB_API_KEY or a netrc entry), else offline: then
+    `wandb sync <run>/wandb/offline-run-*` uploads it later. If W&B does not answer, the run is tracked
+    offline. `disabled` does not import wandb. Raises nothing of a writer's.
     """
-    if mode == "disabled":
-        yield Tracker(None, folder)
-        return
-    run = _open(run_id, mode, project, config, folder)
+    wandb_run = None if mode == "disabled" else _open_wandb(run.path, mode, project, config)
+    tracker = Tracker(
+        run, [w for w in (wandb_run, _open_tensorboard(run.path) if tensorboard else None) if w], sample_prompts
+    )
     try:
-        yield Tracker(run, folder / "wandb" / "logged.txt")
+        tracker.catch_up(until)
+        yield tracker
     finally:
-        if run is not None:
-            _finish(run, failed=sys.exc_info()[0] is not None, folder=folder)
+        tracker.close(failed=sys.exc_info()[0] is not None)
 
 
-def _open(run_id: str, mode: Mode, project: str, config: Mapping[str, Any], folder: Path) -> Any | None:
+def _open_wandb(folder: Path, mode: Mode, project: str, config: Mapping[str, Any]) -> WandbWriter | None:
     """The W&B run, online or offline; None where even the latter fails."""
-    online = mode in ("auto", "online") and has_credentials()
+    online = mode in ("auto", "online") and _has_credentials()
     if mode == "online" and not online:
-        _say("wandb.mode is online but no API key is configured (set WANDB_API_KEY or run `wandb login`): offline")
+        _say(
+            "W&B", "wandb.mode is online but no API key is configured (set WANDB_API_KEY or run `wandb login`): offline"
+        )
     if online:
         try:
-            return _init(run_id, "online", project, config, folder)
+            return open_wandb(folder.name, "online", project, config, folder)
         except Exception as error:  # of many types: no network, a refused key, a quota
-            _say(f"{_one_line(error)}; the run is tracked offline")
-            _forget_failed_start()
+            _say("W&B", f"{_one_line(error)}; the run is tracked offline")
+            forget_failed_start()
     try:
-        return _init(run_id, "offline", project, config, folder)
+        return open_wandb(folder.name, "offline", project, config, folder)
     except Exception as error:  # of many types: no wandb, no disk
-        _say(f"{_one_line(error)}; the run goes on without W&B")
+        _say("W&B", f"{_one_line(error)}; the run goes on without W&B")
         return None
 
 
-def _forget_failed_start() -> None:
-    """Ends W&B's service process, which otherwise holds the run id of the failed start as in use."""
-    with contextlib.suppress(Exception):  # what it could say has been said
-        import wandb
-
-        wandb.teardown()
-
-
-def _init(
-    run_id: str, mode: Literal["online", "offline"], project: str, config: Mapping[str, Any], folder: Path
-) -> Any:
-    import wandb
-
-    (folder / "wandb").mkdir(parents=True, exist_ok=True)
-    wandb.setup(wandb.Settings(silent=True))  # the log-in speaks before the run's own settings hold
-    settings = wandb.Settings(
-        silent=True,
-        console="off",
-        disable_git=True,
-        disable_code=True,
-        init_timeout=INIT_SECONDS,
-        finish_timeout=FINISH_SECONDS,
-        finish_timeout_raises=True,
-    )
-    run = wandb.init(
-        id=run_id,
-        name=run_id,
-        project=project,
-        config=dict(config),
-        dir=str(folder),
-        resume="allow",
-        mode=mode,
-        settings=settings,
-    )
-    run.define_metric("rs/step")
-    for family in FAMILIES:
-        run.define_metric(f"{family}/*", step_metric="rs/step")
-    return run
-
-
-def _finish(run: Any, *, failed: bool, folder: Path) -> None:
+def _open_tensorboard(folder: Path) -> TensorboardWriter | None:
     try:
-        run.finish(exit_code=int(failed))
-    except Exception as error:  # of many types, a time-out above all
-        _say(f"{_one_line(error)}; what was not uploaded is in {folder / 'wandb'}: `wandb sync` it")
+        return TensorboardWriter(folder / "tensorboard")
+    except ImportError:
+        remedy = "pip install -r requirements-tensorboard.txt"
+        _say("TensorBoard", f"tensorboard.enabled is true and the package is not installed ({remedy}): not written")
+    except OSError as error:
+        _say("TensorBoard", f"{_one_line(error)}; the run goes on without TensorBoard")
+    return None
 
 
-def has_credentials() -> bool:
-    """Whether W&B would find a key for its server without asking. Reads no more than that."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+def _has_credentials() -> bool:
     try:
-        return path.is_file() and netrc.netrc(path).authenticators(host) is not None
+        return has_credentials()
     except (netrc.NetrcParseError, OSError) as error:
-        _say(f"cannot read {path} ({type(error).__name__}): no API key taken from it")
+        _say("W&B", f"cannot read the netrc file ({type(error).__name__}): no API key taken from it")
         return False
+
+
+@contextlib.contextmanager
+def _said() -> Iterator[None]:
+    """An error of the run's files is said, and left to whoever needs them."""
+    try:
+        yield
+    except AlignmentError as error:
+        _say("tracking", _one_line(error))
 
 
 def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -229,5 +200,5 @@ def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-def _say(text: str) -> None:
-    print(f"W&B: {text}", file=sys.stderr, flush=True)
+def _say(who: str, text: str) -> None:
+    print(f"{who}: {text}", file=sys.stderr, flush=True)

@@ -34,6 +34,7 @@ from models.checkpoints import (
     staging_folder,
     write_optimizer_state,
 )
+from models.memory import peak_gpu_bytes
 from models.policy import Policy
 from models.quiet import quiet_transformers
 from models.vllm_engine import VllmEngine
@@ -88,6 +89,11 @@ class Trainer:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return any_rank(flag, self.ranks, self.engine.device)
+
+    def peak_gpu_bytes(self) -> int | None:
+        """The most that a rank's GPU held since the last call; None on a CPU. All ranks call it."""
+        mine = peak_gpu_bytes(self.engine.device)
+        return None if mine is None else max(self.gather([mine]))
 
     def optimizer_at_hand(self) -> AbstractContextManager[None]:
         """A context in which the optimizer's state is where the engine steps: outside it may be on the host."""

@@ -69,6 +69,7 @@ def _train(trainer: "Trainer", step: int, scoring: Mapping[str, Any]) -> None:
             trainer.run.truncate_metrics(step - 1)
             settle_diverged(trainer.run, step, error)
         return
+    seconds, held = time.monotonic() - begun, trainer.peak_gpu_bytes()
     if trainer.is_writer:
         if trainer.lost_moments:
             emit({"kind": "note", "text": trainer.lost_moments})
@@ -80,12 +81,13 @@ def _train(trainer: "Trainer", step: int, scoring: Mapping[str, Any]) -> None:
             scored,
             decisions,
             result,
-            {**scoring["seconds"], "update": time.monotonic() - begun},
+            {**scoring["seconds"], "update": seconds},
             judge=load_judge(Path(scoring["judge"])),
             scoring_server=scoring["scoring_server"],
             scoring_cache=scoring["scoring_cache"],
             reused_from=trainer.config.reuse.rollouts,
             lost_prompts=scoring["lost_prompts"],
+            gpu_memory_bytes=held,
         )
         trainer.run.append_metrics(record)
         settle(trainer.config.promotion, trainer.run)

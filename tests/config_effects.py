@@ -39,7 +39,7 @@ from alignment.run_folder import RunFolder
 from alignment.stages import begin
 from alignment.task import COMMAND_STARTED, ScoringModels, reward_client, scoring_clients, served, tracker
 from alignment.trainer import train_step
-from alignment.types import Checkpoint, JudgeRef, RewardModelRef
+from alignment.types import Checkpoint, Decision, JudgeRef, RewardModelRef, ScoredRollout
 from alignment.workspace import local_root
 from argo import compiled, s3_stand_in
 
@@ -586,6 +586,30 @@ def wandb_run(config: Config) -> list[str]:
         )
     wandb.teardown()  # its service may write the last of a finished run's records only when it ends
     return [found["project"] for found in read_runs(run.path)]
+
+
+def sampled_texts(config: Config) -> int:
+    """Responses in the table that follows a validation."""
+    import wandb
+
+    run = new_run(config)
+    scored = [
+        ScoredRollout(prompt_id=name, rollout_index=0, response="", finish_reason="stop", reward=0.0)
+        for name in "abcdef"
+    ]
+    run.write_rollouts(1, scored, [Decision(r.prompt_id, 0, True, "") for r in scored])
+    with tracker(config, run) as told:
+        told.log_validation({"kind": "validation", "step": 1, "reward_mean": 0.0, "judge_mean": 0.0, "seconds": 0.0})
+    wandb.teardown()
+    tables = run.path.glob("wandb/offline-run-*/files/media/table/**/*.json")
+    return sum(len(json.loads(table.read_text())["data"]) for table in tables)
+
+
+def event_files(config: Config) -> int:
+    """Files for TensorBoard that a task leaves."""
+    run = new_run(config)
+    with tracker(config, run):
+        return len(list(run.path.glob("tensorboard/events.*")))
 
 
 def cluster_request(config: Config) -> tuple[str | None, str, str]:

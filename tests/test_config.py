@@ -735,6 +735,8 @@ EFFECTS = {
     },
     "kubernetes.retries": Effect(3, pods.repeated, {"times": 3, "minutes_between_retries": 0}, PODS),
     "wandb.mode": Effect("offline", see.wandb_run, ["rejection-sampling"]),
+    "wandb.sample_prompts": Effect(0, see.sampled_texts, 0, ("wandb.mode=offline",)),
+    "tensorboard.enabled": Effect(True, see.event_files, 1),
     "wandb.project": Effect("other", see.wandb_run, ["other"], ("wandb.mode=offline",)),
 }
 

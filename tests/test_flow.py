@@ -1,5 +1,6 @@
 """Whole runs of the smoke preset: real Metaflow, real workers, real DeepSpeed, a real Triton server."""
 
+import hashlib
 import json
 import os
 import signal
@@ -13,8 +14,10 @@ import pytest
 import older_rs_flow
 from alignment.launch import run_workers
 from alignment.rollout_table import COLUMNS
+from alignment.tracked_metrics import is_known
 from flow_runs import ROOT, Place, processes_naming, wait_for
 from models.checkpoints import verify
+from test_tracking import read_runs, told
 
 # Steps of about a second, so that a kill finds one under way; RS step 5 is in the second iteration.
 SETTINGS = {
@@ -142,6 +145,29 @@ def test_evaluating_the_run_again_finds_the_same(place, undisturbed):
 def test_one_wandb_run_over_all_processes(undisturbed):
     ids = {p.name.rsplit("-", 1)[1] for p in (undisturbed.folder / "wandb").glob("offline-run-*")}
     assert ids == {undisturbed.folder.name}
+    rows = told(undisturbed.folder)
+    assert [step for kind, step in rows if kind == "step"] == [s["step"] for s in undisturbed.report["steps"]]
+    assert [step for kind, step in rows if kind == "validation"] == [
+        v["step"] for v in undisturbed.report["validation"]
+    ]
+    histories = [row for found in read_runs(undisturbed.folder) for row in found["history"]]
+    names = {name for row in histories for name in row}
+    assert {name for name in names if not is_known(name) and not is_known(name.rpartition("/")[0])} == set()
+    assert "train_rollouts/samples/path" in names and "train_rollouts/rewards/values" in names
+
+
+def test_its_models_stand_in_wandb_by_reference(undisturbed):
+    artifacts = [one for found in read_runs(undisturbed.folder) for one in found["artifacts"]]
+    reward = [one for one in artifacts if one.type == "reward_model"]
+    assert [(one.use_after_commit, set(one.aliases)) for one in reward] == [(True, {"version-1", "latest"})]
+    assert reward[0].manifest.contents[0].digest == undisturbed.report["reward_model"]["digest"]
+    best = undisturbed.report["checkpoint"]
+    policy = [one for one in artifacts if one.type == "model" and "best" in one.aliases]
+    assert [f"step-{best['step']:06d}" in one.aliases for one in policy] == [True]
+    weights = next(entry for entry in policy[0].manifest.contents if entry.path == "model.safetensors")
+    assert weights.ref == f"{Path(best['uri']).resolve().as_uri()}/model.safetensors"
+    assert weights.digest == hashlib.sha256(Path(best["uri"], "model.safetensors").read_bytes()).hexdigest()
+    assert not weights.local_path
 
 
 def test_one_iteration_and_another_judge_give_the_same_weights(place, undisturbed):

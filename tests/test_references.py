@@ -98,6 +98,10 @@ def test_the_best_is_selected_whoever_said_it_and_the_means_are_the_policys(poli
     assert (record["reward_mean"], record["selected_reward_mean"], record["judge_mean"]) == (1.5, 9.0, 0.5)
     assert (record["num_rollouts"], record["num_selected"], record["num_selected_references"]) == (2, 1, 1)
     assert record["response_length_mean"] == (drawn[0].num_tokens + drawn[1].num_tokens) / 2
+    assert record["selected_response_length_mean"] == drawn[2].num_tokens
+    assert record["best_of_n"] == [1.5, 2.0]
+    surprises = [-p for r in drawn[:2] for p in r.log_probs]
+    assert record["entropy"] == pytest.approx(sum(surprises) / len(surprises))
 
 
 def test_references_that_nobody_gave_cannot_join(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Statistics: values computed by hand, intervals against SciPy's bootstrap."""
 
+import itertools
 import math
 import tracemalloc
 
@@ -12,6 +13,7 @@ from alignment.statistics import (
     best_of_n_kl_bound,
     best_of_n_win_rate,
     distinct_n,
+    expected_best,
     mean_difference,
     paired_bootstrap,
     ratio_of_means,
@@ -156,3 +158,19 @@ def test_distinct_bigrams() -> None:
 def test_bad_input_is_refused(call: object, message: str) -> None:
     with pytest.raises(DataError, match=message):
         call()  # type: ignore[operator]
+
+
+def test_the_expected_best_of_n_is_the_mean_over_all_subsets() -> None:
+    # of {1, 2, 4}: singles 7/3; pairs (1, 2), (1, 4), (2, 4) have 2, 4, 4; all three 4
+    assert expected_best([[4.0, 1.0, 2.0]]) == pytest.approx([7 / 3, 10 / 3, 4.0])
+    # a second prompt with {0, 3}: 1.5 and 3; the curve ends with the fewest
+    assert expected_best([[4.0, 1.0, 2.0], [3.0, 0.0]]) == pytest.approx([(7 / 3 + 1.5) / 2, (10 / 3 + 3.0) / 2])
+    scores = np.random.default_rng(0).normal(size=7)
+    for n, best in enumerate(expected_best([scores.tolist()]), start=1):
+        assert best == pytest.approx(np.mean([max(subset) for subset in itertools.combinations(scores, n)]))
+
+
+def test_the_expected_best_needs_scores() -> None:
+    for nothing in ([], [[]], [[math.nan]]):
+        with pytest.raises(DataError):
+            expected_best(nothing)
