@@ -7,6 +7,7 @@
 # make test-vllm VLLM_PYTHON=PATH  the tests of vLLM, by the python of an environment that has it
 # make test-clusters  runs on a real Slurm of several nodes on this machine, pods against a stand-in for Kubernetes with a real
 #               S3 server, manifests and alerts by kubectl and promtool; by apt-get where these daemons are missing
+# make test-browser  report.html in headless Chromium, by apt-get where it is missing; make screenshots keeps the docs' pictures
 # All make the virtual environment first; a stamp keeps that instant when nothing changed.
 PYTHON ?= python3.11
 VENV := .venv
@@ -15,7 +16,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run control bench test test-slow test-long test-clusters test-all test-vllm lint clean help
+.PHONY: run control bench test test-slow test-long test-clusters test-browser screenshots chromium test-all test-vllm lint clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -50,7 +51,18 @@ test-clusters: $(DEV_STAMP)
 	$(BIN)/python -m pytest --no-skips $(CLUSTER_FILES)
 	$(BIN)/python -m pytest --no-skips -m cluster tests
 
-test-all: test test-slow test-long
+## Here a skip is a failure.
+test-browser: $(DEV_STAMP) chromium
+	$(BIN)/python -m pytest --no-skips tests/test_browser.py
+
+screenshots: $(DEV_STAMP) chromium
+	$(BIN)/python -m pytest --no-skips --screenshots docs/images tests/test_browser.py
+
+chromium:
+	@command -v chromium >/dev/null || { \
+	  $(SUDO) apt-get update && $(SUDO) apt-get install --yes --no-install-recommends chromium fonts-dejavu-core; }
+
+test-all: test test-slow test-browser test-long
 
 ## vLLM and the reward server's backend do not share an environment: see requirements-vllm.txt.
 test-vllm:
