@@ -27,7 +27,7 @@ def charts_of(report: Report) -> dict[str, list[Chart]]:
     found = {
         "change": _change(report["evaluation"]),
         "frontier": _frontier(report),
-        "course": [*reward_charts(steps, validations), *_model_charts(steps, validations), _lift(steps)],
+        "course": [*reward_charts(steps, validations), *_model_charts(steps, validations), lift_chart(steps)],
         "text": _texts(steps),
         "over": [_over(report["over_optimisation"])],
         "server": _server(steps),
@@ -116,7 +116,8 @@ def _model_charts(steps: Sequence[Record], validations: Sequence[Record]) -> lis
     return charts
 
 
-def _lift(steps: Sequence[Record]) -> Chart:
+def lift_chart(steps: Sequence[Record]) -> Chart:
+    """Selected less all rollouts, by reward and by the judge."""
     lines = {
         "Reward": lifts(steps, "selected_reward_mean", "reward_mean"),
         "Judge": lifts(steps, "selected_judge_mean", "judge_mean"),

@@ -5,6 +5,7 @@ tests skip. `make screenshots` keeps the pictures of the docs, which are taken h
 """
 
 import json
+import random
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from alignment.live_card import LiveCard
 from alignment.report import write_report
 from alignment.run_folder import create
-from made_up_report import CONFIG, full_report
+from alignment.types import Decision, ScoredRollout
+from made_up_report import CONFIG, full_report, metrics
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium in PATH: `make test-browser` installs Debian's")
@@ -145,6 +148,39 @@ def test_axe_finds_nothing_against_the_rules_of_wcag(browser, run, scheme) -> No
     assert len(found["passes"]) > 20
     told = {rule["id"]: [node["html"][:200] for node in rule["nodes"]][:3] for rule in found["violations"]}
     assert told == {}
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in its eighth RS step; its report.html is the live card."""
+    run, shown = create(tmp_path_factory.mktemp("live"), "1795721048904599", CONFIG), []
+    card = LiveCard(run, 12, shown.append)
+    rows = full_report()[1]
+    scored = [
+        ScoredRollout(
+            **{"prompt_id": f"p{i}", "rollout_index": k, "response": text, "finish_reason": "stop"},
+            **{"prompt": rows[i].prompt, "reward": reward},
+        )
+        for i in range(3)
+        for k, (text, reward) in enumerate(((rows[i].aligned, 1.5 + i), (rows[i].base, -0.5)))
+    ]
+    run.write_rollouts(7, scored, [Decision(r.prompt_id, r.rollout_index, r.reward > 0, "rank 1") for r in scored])
+    for record in metrics(random.Random(0)):
+        if record["step"] <= 7:
+            card.update(record, 19.0)
+    card.update({"kind": "phase", "step": 8, "phase": "rollouts", "done": 96, "total": 256})
+    (run.path / "report.html").write_text(shown[-1]())
+    return run.path
+
+
+def test_the_live_card_is_a_page_of_the_same_kind(browser, live, tmp_path, request) -> None:
+    own = opened(browser, live, "light", PHONE)
+    assert "RS step 7 of 12 is done; in RS step 8: rollouts 96 of 256; 1 min 35 s left." in own.page.inner_text("body")
+    assert own.page.evaluate("document.documentElement.scrollWidth") == PHONE[0]
+    assert len(own.requests) == 1 and own.console == []
+    folder = Path(request.config.getoption("--screenshots") or tmp_path)
+    picture = opened(browser, live, "light").page.screenshot(path=folder / "report-live-card.png")
+    assert picture.startswith(b"\x89PNG") and len(picture) < LARGEST
 
 
 @pytest.mark.parametrize("name", PICTURES)
