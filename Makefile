@@ -10,6 +10,7 @@
 # make test-faults  runs under faults drawn from a seed, within an hour; FAULTS=short a few of each kind; SEED=N and
 #               ONLY=NAME repeat what failed (docs/faults.md)
 # make fuzz     hostile input to every reader and to the reward server, some 30,000 inputs
+# make test-browser  report.html in headless Chromium, by apt-get where it is missing; make screenshots keeps the docs' pictures
 # All make the virtual environment first; a stamp keeps that instant when nothing changed.
 PYTHON ?= python3.11
 VENV := .venv
@@ -18,7 +19,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run control bench test test-slow test-long test-clusters test-faults test-all test-vllm fuzz lint clean help
+.PHONY: run control bench test test-slow test-long test-clusters test-faults test-browser screenshots chromium test-all test-vllm fuzz lint clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -58,7 +59,18 @@ test-faults: $(DEV_STAMP)
 	PYTHONPATH=tests DS_ACCELERATOR=cpu $(BIN)/python -m faults $(if $(filter short,$(FAULTS)),--short) \
 	  $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only $(ONLY))
 
-test-all: test test-slow test-long
+## Here a skip is a failure.
+test-browser: $(DEV_STAMP) chromium
+	$(BIN)/python -m pytest --no-skips tests/test_browser.py
+
+screenshots: $(DEV_STAMP) chromium
+	$(BIN)/python -m pytest --no-skips --screenshots docs/images tests/test_browser.py
+
+chromium:
+	@command -v chromium >/dev/null || { \
+	  $(SUDO) apt-get update && $(SUDO) apt-get install --yes --no-install-recommends chromium fonts-dejavu-core; }
+
+test-all: test test-slow test-browser test-long
 
 ## Files in one process, requests to the server in the other. FUZZ_SEED=N draws others.
 fuzz: $(DEV_STAMP)

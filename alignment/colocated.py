@@ -7,6 +7,7 @@ from typing import Any
 from alignment.config import Config
 from alignment.errors import CheckpointError, StoppedError
 from alignment.launch import run_workers
+from alignment.live_card import Show
 from alignment.preparation import total_steps
 from alignment.reward_server import RewardServer
 from alignment.rollback import end_of_loop, settle, standing_checkpoint
@@ -21,10 +22,12 @@ from alignment.unchanged import check_scorers
 WORKER = "alignment.worker"
 
 
-def iterate(config: Config, run: RunFolder, reward: RewardModelRef, judge: JudgeRef) -> Checkpoint:
+def iterate(
+    config: Config, run: RunFolder, reward: RewardModelRef, judge: JudgeRef, show: Show | None = None
+) -> Checkpoint:
     """RS steps from the run's last checkpoint to the next multiple of `steps_per_iteration`. Raises AlignmentError.
 
-    Where a step failed badly, the best checkpoint before it; no RS step follows.
+    Where a step failed badly, the best checkpoint before it; no RS step follows. `show` takes the run's live page.
     """
     from models.checkpoints import newest_checkpoint
 
@@ -43,7 +46,7 @@ def iterate(config: Config, run: RunFolder, reward: RewardModelRef, judge: Judge
         served(config, run, reward) as server,
         tracker(config, run) as wandb_run,
     ):
-        listen = listener(run, wandb_run, done=done, total=total)
+        listen = listener(run, wandb_run, done=done, total=total, show=show)
 
         def on_event(event: dict[str, Any]) -> None:
             listen(event)

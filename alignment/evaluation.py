@@ -117,12 +117,13 @@ def evaluation(base: Samples, aligned: Samples, kl: Sequence[float] | None) -> d
         "length_controlled_win_rate": length_controlled_win_rate(aligned_reward, base_reward, *lengths),
         "judge_length_controlled_win_rate": length_controlled_win_rate(aligned_judge, base_judge, *lengths),
     }
-    by_reward, by_judge = statistics.best_of_n_win_rate(
+    pools = (
         [[r.reward for r in group[1:]] for group in base.rollouts],
         base_reward,
         [group[1:] for group in base.judged],
         base_judge,
     )
+    by_reward, by_judge = statistics.best_of_n_win_rate(*pools)
     result: dict[str, Any] = {
         "prompts": len(aligned_first),
         "base": _side(base_first, base_reward, base_judge),
@@ -139,6 +140,7 @@ def evaluation(base: Samples, aligned: Samples, kl: Sequence[float] | None) -> d
             "judge_win_rate": by_judge,
             "kl_bound": statistics.best_of_n_kl_bound(best_of_n),
         },
+        "best_of_n_curve": statistics.best_of_n_curve(*pools),
     }
     for name, estimate in gains.items():
         result |= {name: estimate.value, f"{name}_ci95": list(estimate.ci95)}
@@ -201,7 +203,9 @@ def _side(rollouts: Sequence[ScoredRollout], rewards: Sequence[float], judged: S
     texts = [r.response for r in rollouts]
     return {
         "reward_mean": sum(rewards) / len(rewards),
+        "reward_mean_ci95": list(statistics.paired_bootstrap(rewards)),
         "judge_mean": sum(judged) / len(judged),
+        "judge_mean_ci95": list(statistics.paired_bootstrap(judged)),
         "response_length_mean": sum(r.num_tokens for r in rollouts) / len(rollouts),
         "distinct_2": statistics.distinct_n(texts, 2),
         "self_bleu": self_bleu(texts),

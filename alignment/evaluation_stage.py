@@ -16,6 +16,8 @@ from alignment.policy_source import PolicySource, base_folder, find_policy, load
 from alignment.preparation import load_prompts, prepare_evaluation
 from alignment.progress import PhaseLines
 from alignment.promotion import gate
+from alignment.report_lineage import lineage_of
+from alignment.report_parts import devices_of
 from alignment.rollback import standing_checkpoint
 from alignment.run_folder import RunFolder, write_json
 from alignment.s3 import is_s3
@@ -24,7 +26,6 @@ from alignment.types import Checkpoint, JudgeRef, RewardModelRef
 
 if TYPE_CHECKING:
     from alignment.evaluation import Samples
-    from alignment.report import Sample
 
 SETUP_TASKS = ("start", "reward_model")
 """Steps of the flow whose seconds are the report's `setup`."""
@@ -46,7 +47,8 @@ def evaluate(
         _log(config, run, told)
         return told, named
     gated = partial(gate, config.promotion, step=checkpoint.step, rollback=run.rollback())
-    return evaluate_against(config, run, reward, judge, named, base, started, gated), named
+    found = partial(lineage_of, run, checkpoint.step)
+    return evaluate_against(config, run, reward, judge, named, base, started, gated, found), named
 
 
 def _told(run: RunFolder, checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -92,13 +94,14 @@ def evaluate_against(
     base: str,
     started: float,
     gated: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+    traced: Callable[[], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Measure `checkpoint` against `base`, a folder, URI or name; write evaluation.json and the report, returned.
 
-    `gated` makes the report's `promotion` from the rows of evaluation.json.
+    `gated` makes the report's `promotion` from the rows of evaluation.json, `traced` its `lineage`.
     """
     from alignment.evaluation import evaluation, paired_rows
-    from alignment.report import build_report, write_report
+    from alignment.report import build_report, sample, write_report
 
     claim_devices(config)
     check_tasks(config.evaluation.lm_eval_tasks)
@@ -120,8 +123,10 @@ def evaluate_against(
         setup_seconds=sum(r["seconds"] for r in metrics if r["kind"] == "task" and r["name"] in SETUP_TASKS),
         ensemble=_ensemble(config, run, reward),
         promotion=gated(json.loads((run.path / "evaluation.json").read_text())) if gated else None,
+        devices=devices_of(config),
+        lineage=traced() if traced else None,
     )
-    write_report(run, report, [_sample(row) for row in rows])
+    write_report(run, report, [sample(row) for row in rows])
     _log(config, run, report)
     return report
 
@@ -218,17 +223,3 @@ def _tasks(config: Config, policies: dict[str, Any], progress: PhaseLines) -> di
             for task, metrics in results["base"].items()
         }
     }
-
-
-def _sample(row: dict[str, Any]) -> "Sample":
-    from alignment.report import Sample
-
-    return Sample(
-        prompt=row["prompt"],
-        base=row["base_response"],
-        aligned=row["aligned_response"],
-        base_reward=row["base_reward"],
-        aligned_reward=row["aligned_reward"],
-        base_judge=row["base_judge"],
-        aligned_judge=row["aligned_judge"],
-    )

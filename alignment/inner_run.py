@@ -23,6 +23,7 @@ from alignment.config import Config
 from alignment.errors import CheckpointError, StoppedError, WorkerError
 from alignment.launch import SOURCE_ROOT, stop, worker_environment
 from alignment.lifeline import ELSEWHERE_S, INTERRUPTED_S, acting_after
+from alignment.live_card import Show
 from alignment.node_gpus import gpu_count
 from alignment.preparation import total_steps
 from alignment.rollback import end_of_loop, settle, standing_checkpoint
@@ -59,11 +60,12 @@ class _Todo:
         return self.step > self.done or self.origin is not None
 
 
-def iterate(config: Config, run_path: str) -> tuple[Checkpoint, bool]:
+def iterate(config: Config, run_path: str, show: Show | None = None) -> tuple[Checkpoint, bool]:
     """The next RS step, or what is left of one that was begun; its checkpoint and whether steps are left.
 
     Its phases open the run by themselves, on whatever node they are; this task looks at it before and after. Where a
-    step failed badly, the best checkpoint before it, and no step is left. Raises AlignmentError.
+    step failed badly, the best checkpoint before it, and no step is left. `show` takes the run's live page, which
+    changes as the step ends. Raises AlignmentError.
     """
     from models.checkpoints import newest_checkpoint
 
@@ -78,7 +80,7 @@ def iterate(config: Config, run_path: str) -> tuple[Checkpoint, bool]:
             end_progress(run)
             raise
     with opened(config, run_path) as run, tracker(config, run) as wandb_run:
-        listen = listener(run, wandb_run, done=todo.done, total=todo.total)
+        listen = listener(run, wandb_run, done=todo.done, total=todo.total, show=show)
         for record in untold(run.read_metrics()):
             just_done = todo.is_left and record["step"] == todo.step
             listen(record, time.monotonic() - begun if just_done else None)

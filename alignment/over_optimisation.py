@@ -39,6 +39,8 @@ SHARE = 1 / 3
 that agree moderately (correlation 0.5) share half of a gain as long as nothing is exploited."""
 RUN_LENGTH = 3
 """Validations in a row that the rule for means looks at."""
+MOST_POINTS = 40
+"""Of a run's course as `gains_by_step` tells it."""
 
 Record = Mapping[str, Any]
 
@@ -70,6 +72,28 @@ def newest_alarms(metrics: Sequence[Record]) -> list[Alarm]:
         if len(validations) > 1 and _alarm(validations[:-1], who) is None
     )
     return [alarm for alarm in found if alarm is not None]
+
+
+def gains_by_step(metrics: Sequence[Record]) -> list[dict[str, Any]]:
+    """What the rule compares, to be looked at: `{"who", "points": [{"step", "gain", "ci95"}]}` of reward and shadows.
+
+    A gain is that since the first validation, in its standard deviations. Validations without a score for each of the
+    same prompts are left out, and of very many those that lie between.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for who, validations in _by_shadow(metrics).items():
+        usable = [v for v in validations if _usable(v)]
+        others = [v for v in usable[1:] if _paired(usable[0], v) and len(v["rewards"]) >= LEAST_PROMPTS]
+        shown = others[:: -(-len(others) // MOST_POINTS) or 1]
+        for name, key in (("the reward", "rewards"), (who, "judged")):
+            if shown and name not in found:
+                found[name] = [_point(usable[0], now, key) for now in shown]
+    return [{"who": who, "points": points} for who, points in found.items()]
+
+
+def _point(base: Record, now: Record, key: str) -> dict[str, Any]:
+    gains = _gains(base[key], now[key])
+    return {"step": now["step"], "gain": float(gains.mean()), "ci95": list(paired_bootstrap(gains))}
 
 
 def _by_shadow(metrics: Sequence[Record]) -> dict[str, list[Record]]:

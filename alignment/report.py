@@ -1,26 +1,31 @@
-"""The report of a finished run: report.json for programs, report.html for people, a few lines for the terminal.
+"""The report of a finished run: report.json for programs, report.html for people.
 
 Nothing is measured here: the numbers come from metrics.jsonl and from the evaluation, and every key that the
-report promises is checked to be there. The page itself is drawn by `alignment.report_page`.
+report promises is checked to be there. `alignment.report_parts` derives what spans several steps, and
+`alignment.report_page` draws the page from report.json's content and the samples alone.
 """
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from alignment.atomic_files import write_text
+from alignment.atomic_files import json_text, write_text
 from alignment.errors import DataError
-from alignment.over_optimisation import alarms
-from alignment.progress import duration
+from alignment.over_optimisation import alarms, gains_by_step
 from alignment.promotion import sentence
+from alignment.report_parts import Devices, device_hours, scoring_totals, selection_lift
 from alignment.run_folder import RunFolder, write_json
 from alignment.triton_metrics import FIELDS
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
 
 REWARD_KEYS = ("reward_mean", "selected_reward_mean", "response_length_mean", "truncated_fraction")
 STEP_KEYS = ("step", *REWARD_KEYS, "loss", "grad_norm", "lr")
-LATER_KEYS = ("judge_mean", "selected_judge_mean", "kl")
+LATER_KEYS = (
+    *("judge_mean", "selected_judge_mean", "kl", "duplicate_fraction"),
+    *("num_rollouts", "num_selected", "tokens_per_second"),
+)
 BY_MODEL_KEYS = ("member_means", "selected_member_means", "shadow_means", "selected_shadow_means")
 """Of steps, and the first of each pair of validations, in runs in which several reward models score."""
 WHERE_THERE = (*BY_MODEL_KEYS, "scoring_cache", "reused_from")
@@ -28,7 +33,7 @@ WHERE_THERE = (*BY_MODEL_KEYS, "scoring_cache", "reused_from")
 PHASES = ("rollouts", "scoring", "update")
 VALIDATION_KEYS = ("step", "reward_mean", "judge_mean")
 POLICY_KEYS = (
-    *("reward_mean", "judge_mean", "response_length_mean", "distinct_2"),
+    *("reward_mean", "reward_mean_ci95", "judge_mean", "judge_mean_ci95", "response_length_mean", "distinct_2"),
     *("self_bleu", "repetition_4", "truncated_fraction", "refusal_fraction"),
 )
 ESTIMATES = (
@@ -42,13 +47,17 @@ EVALUATION_KEYS = (
     *(f"{name}{ci}" for name in ESTIMATES for ci in ("", "_ci95")),
     *(f"{test}.{key}" for test in ("sign_test", "judge_sign_test") for key in ("wins", "losses", "ties", "p_value")),
     *(f"best_of_n.{key}" for key in ("n", "win_rate", "judge_win_rate", "kl_bound")),
+    "best_of_n_curve",
 )
 """What the evaluation must measure, as dotted paths. It may hold more, e.g. its own `seconds`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One evaluation prompt with a response of the base and one of the aligned policy; scores have no unit."""
+    """One evaluation prompt with a response of the base and one of the aligned policy; scores have no unit.
+
+    `base_tokens` and `aligned_tokens` are the responses' lengths.
+    """
 
     prompt: str
     base: str
@@ -57,6 +66,14 @@ class Sample:
     aligned_reward: float
     base_judge: float
     aligned_judge: float
+    base_tokens: int
+    aligned_tokens: int
+
+
+def sample(row: Mapping[str, Any]) -> Sample:
+    """The sample that a row of evaluation.json holds."""
+    names = {"base": "base_response", "aligned": "aligned_response"}
+    return Sample(**{field.name: row[names.get(field.name, field.name)] for field in fields(Sample)})
 
 
 def build_report(
@@ -72,13 +89,16 @@ def build_report(
     setup_seconds: float,
     ensemble: Mapping[str, Any] | None = None,
     promotion: Mapping[str, Any] | None = None,
+    devices: Devices | None = None,
+    lineage: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of report.json, from the records of metrics.jsonl and the evaluation of `checkpoint` against `base`.
 
     A step's `seconds.validation` is that of the validation after it, 0.0 without one. In `seconds`, the
     overhead is what is left of the total after setup, the phases, all validations and `evaluation.seconds`
     (taken as 0 where absent): starts of workers, loading, saving. `ensemble` says which other models scored,
-    `promotion` is what the gate says of a run's policy.
+    `promotion` is what the gate says of a run's policy, `devices` what the run computed on, and `lineage` what
+    `alignment.report_lineage` found.
 
     Raises DataError for a record or an evaluation that lacks a key, or for a step recorded twice.
     """
@@ -97,13 +117,15 @@ def build_report(
     seconds["validation"] = sum(r["seconds"] for r in own if r.get("kind") == "validation")
     named = sum(seconds.values()) - total_seconds + evaluation.get("seconds", 0.0)
     seconds["overhead"] = max(0.0, total_seconds - named)  # phases that overlap may add up to more than the total
+    told = [{key: _take(r, key, _name(r)) for key in VALIDATION_KEYS} | _where_there(r) for r in validations]
     return {
         "run_id": run_id,
         "steps": steps,
+        "selection_lift": selection_lift(steps),
+        "scoring_totals": scoring_totals(steps, told),
+        "over_optimisation": gains_by_step(metrics),
         "alarms": [asdict(alarm) for alarm in alarms(metrics)],
-        "validation": [
-            {key: _take(r, key, _name(r)) for key in VALIDATION_KEYS} | _where_there(r) for r in validations
-        ],
+        "validation": told,
         "evaluation": dict(evaluation),
         **({"promotion": dict(promotion)} if promotion else {}),
         "reward_model": {key: getattr(reward_model, key) for key in ("name", "version", "digest", "accuracy")},
@@ -111,6 +133,8 @@ def build_report(
         **({"reward_ensemble": dict(ensemble)} if ensemble else {}),
         **({"rollouts": others} if (others := rollouts_of_others(steps)) else {}),
         "seconds": seconds,
+        **({"device_hours": device_hours(devices, seconds, evaluation.get("seconds", 0.0))} if devices else {}),
+        **({"lineage": dict(lineage)} if lineage else {}),
         "base": {"uri": base},
         "checkpoint": {"uri": checkpoint.uri, "sha256": checkpoint.sha256, "step": checkpoint.step},
     }
@@ -132,7 +156,8 @@ def write_report(run_folder: RunFolder, report: Mapping[str, Any], samples: Sequ
     from alignment.report_page import render_page
 
     config = run_folder.config.read_text() if run_folder.config.exists() else ""
-    page = render_page(report, verdict(report), samples, config)
+    written = json.loads(json_text(report))  # what is no number there is none in the page either
+    page = render_page(written, verdict(written), samples, config)
     write_text(run_folder.report_html, page)
     write_json(run_folder.report_json, report)  # last: it says that the report is whole
     return run_folder.report_html
@@ -167,55 +192,6 @@ def _result(report: Mapping[str, Any]) -> str:
     if reward == 0:
         return f"{said} The independent judge prefers the {'aligned model' if judge > 0 else 'base'} ({seen})."
     return f"{said} The independent judge {'agrees' if judge == reward else 'disagrees'} ({seen})."
-
-
-def summary(report: Mapping[str, Any], page: str) -> str:
-    """At most 15 lines for the terminal, one for each shadow, and one where another run drew the rollouts.
-
-    `page` is where report.html lies.
-    """
-    e, seconds = report["evaluation"], report["seconds"]
-    best = e["best_of_n"]
-    lines = [f"run {report['run_id']}: {verdict(report)}"]
-    # One line for each of whom, whatever the number of alarms: each was told when it came.
-    for who in dict.fromkeys(alarm["who"] for alarm in report["alarms"]):
-        at = ", ".join(str(alarm["step"]) for alarm in report["alarms"] if alarm["who"] == who)
-        lines.append(f"  alarm      at RS step {at}: {who} does not follow the reward")
-    if "rollouts" in report:
-        lines.append(f"  rollouts   {report['rollouts']}")
-    for label, key in (("reward", "reward"), ("judge", "judge")):
-        low, high = e[f"{key}_gain_ci95"]
-        before, after, gain = e["base"][f"{key}_mean"], e["aligned"][f"{key}_mean"], e[f"{key}_gain"]
-        lines.append(f"  {label:<10} {before:.3f} → {after:.3f}, gain {gain:+.3f} (95% {low:+.3f} to {high:+.3f})")
-    for name, shadow in e.get("shadows", {}).items():
-        low, high = shadow["gain_ci95"]
-        scores = f"{shadow['base']:.3f} → {shadow['aligned']:.3f}, gain {shadow['gain']:+.3f}"
-        lines.append(f"  shadow     {name}: {scores} (95% {low:+.3f} to {high:+.3f})")
-    lines.append(f"  win rate   {e['win_rate']:.1%} by reward, {e['judge_win_rate']:.1%} by the judge")
-    lines.append(
-        f"  the same at equal length {e['length_controlled_win_rate']:.1%} and "
-        f"{e['judge_length_controlled_win_rate']:.1%}; sign test p = {e['sign_test']['p_value']:.2g} and "
-        f"{e['judge_sign_test']['p_value']:.2g}"
-    )
-    lines.append(
-        f"  best of {best['n']:<2} {best['win_rate']:.1%} by reward, {best['judge_win_rate']:.1%} by the judge"
-    )
-    if e["aligned"]["kl_to_base"] is None:
-        lines.append("  KL to base undefined: the two have different tokenizers")
-    else:
-        low, high = e["aligned"]["kl_to_base_ci95"]
-        lines.append(
-            f"  KL to base {e['aligned']['kl_to_base']:.2f} nats per response (95% {low:.2f} to {high:.2f}); "
-            f"best of {best['n']}: at most {best['kl_bound']:.2f}"
-        )
-    phases = {k: v for k, v in seconds.items() if k != "total"}
-    if "seconds" in e:
-        phases["evaluation"] = e["seconds"]
-    parts = ", ".join(f"{name} {duration(value)}" for name, value in phases.items())
-    lines.append(f"  time       {duration(seconds['total'])}: {parts}")
-    lines.append(f"  checkpoint {report['checkpoint']['uri']}")
-    gate = [sentence(report["promotion"])] if "promotion" in report else []
-    return "\n".join([*lines, f"  report     {page}", *gate])
 
 
 def _step(record: Mapping[str, Any], validation_seconds: Mapping[int, float]) -> dict[str, Any]:

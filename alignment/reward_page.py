@@ -8,13 +8,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from alignment.charts import SIZE, Bar, Chart, Point, Series, axis, line_chart, x_place, y_place
+from alignment.charts import SHARES, SIZE, Bar, Chart, Point, Series, axis, line_chart, x_place, y_place
 from alignment.report_page import page_template
 from alignment.reward_findings import Finding, at, filled_bins, findings, headline
 
 MOST_POINTS = 300
 """Points of a learning curve; longer ones are averaged over blocks of steps."""
-SHARES = [0.0, 0.25, 0.5, 0.75, 1.0]
 CONFIDENCES = [0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 COUNT_HEIGHT = 0.25
 """Height of the fullest bin's bar in the reliability chart, as a part of the plot."""

@@ -6,16 +6,19 @@ Heavy imports stay behind these functions: a flow's `--help` and `show` load non
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from alignment.atomic_files import write_json
 from alignment.config import Config
-from alignment.errors import ConfigError
+from alignment.errors import ConfigError, DataError
 from alignment.run_folder import RunFolder
 from alignment.scorers_file import checked_scorers
 from alignment.task import claim_devices, timed_task
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
 from alignment.workspace import child, create, opened
+
+if TYPE_CHECKING:
+    from alignment.live_card import Show
 
 
 def begin(config: Config, run_id: str, resumed_id: str | None = None) -> tuple[str, dict[str, int]]:
@@ -107,17 +110,20 @@ def train_reward_model(config: Config, run_id: str) -> tuple[dict[str, Any], dic
 
 
 def run_iteration(
-    config: Config, run_path: str, reward: dict[str, Any], judge: dict[str, Any]
+    config: Config, run_path: str, reward: dict[str, Any], judge: dict[str, Any], show: "Show | None" = None
 ) -> tuple[dict[str, Any], bool]:
-    """The next iteration of RS steps; returns a reference to its last checkpoint and whether steps are left."""
+    """The next iteration of RS steps; returns a reference to its last checkpoint and whether steps are left.
+
+    `show` takes how to draw the run's page, each time that it has changed.
+    """
     from alignment import colocated, inner_run
     from alignment.preparation import total_steps
 
     if config.loop.executor == "disaggregated":
-        checkpoint, steps_left = inner_run.iterate(config, run_path)
+        checkpoint, steps_left = inner_run.iterate(config, run_path, show)
         return asdict(checkpoint), steps_left
     with opened(config, run_path) as run:
-        own = colocated.iterate(config, run, RewardModelRef(**reward), _judge_in(run, judge))
+        own = colocated.iterate(config, run, RewardModelRef(**reward), _judge_in(run, judge), show)
         checkpoint = replace(own, uri=run.uri_of(Path(own.uri)))
         return asdict(checkpoint), run.rollback() is None and checkpoint.step < total_steps(config, run.path)
 
@@ -145,6 +151,20 @@ def run_evaluation(
     if alias is not None:
         print(promote_once(config.run.root, entry, alias, report["run_id"]))
     return report, asdict(checkpoint)
+
+
+def page_of(run_path: str) -> str:
+    """report.html of a finished run, whose folder may be under s3://. Raises DataError where there is none."""
+    from alignment.s3 import is_s3
+    from alignment.s3_objects import read_bytes
+
+    path = f"{run_path}/report.html"
+    if not is_s3(path):
+        return Path(path).read_text()
+    found = read_bytes(path)
+    if found is None:
+        raise DataError(f"{path} is not there: resume the run, which writes it at its end")
+    return found[0].decode()
 
 
 def begin_sft(config: Config, run_id: str, resumed_id: str | None = None) -> tuple[str, list[dict[str, Any]]]:

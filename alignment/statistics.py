@@ -147,6 +147,31 @@ def _subset_weights(count: int) -> npt.NDArray[np.float64]:
     return weights
 
 
+def best_of_n_curve(
+    pool_rewards: Sequence[Sequence[float]],
+    opponent: Floats,
+    judge_pool: Sequence[Sequence[float]],
+    judge_opponent: Floats,
+) -> dict[str, dict[str, float]]:
+    """`win_rate`, `judge_win_rate` and `kl_bound` of best-of-k for each k from 1 to n, by k as text.
+
+    Of each pool of n the mean over all of its subsets of k responses: the r-th best one (from 0) is the best of
+    C(n − 1 − r, k − 1) of the C(n, k). Shapes, ties and errors as in `best_of_n_win_rate`, with which k = n agrees.
+    """
+    rewards, judge = _matrix(pool_rewards, "pool_rewards"), _matrix(judge_pool, "judge_pool")
+    n = rewards.shape[1]
+    ranked = np.argsort(-np.round(rewards, REWARD_DECIMALS), axis=1, kind="stable")
+    wins = [
+        np.array([preferences(column, other).mean() for column in np.take_along_axis(scores, ranked, axis=1).T])
+        for scores, other in ((rewards, opponent), (judge, judge_opponent))
+    ]
+    curve = {}
+    for k, is_best in enumerate(_subset_weights(n)[:, ::-1], start=1):
+        by_reward, by_judge = (float(is_best @ of_rank) for of_rank in wins)
+        curve[str(k)] = {"win_rate": by_reward, "judge_win_rate": by_judge, "kl_bound": best_of_n_kl_bound(k)}
+    return curve
+
+
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     """Share of distinct word n-grams among all word n-grams of `texts`; words are split at white space.
 

@@ -17,6 +17,8 @@ from typing import Any
 
 from alignment.atomic_files import write_json
 from alignment.config import load_config
+from alignment.report_control import add_control
+from alignment.run_folder import RunFolder
 from alignment.statistics import Estimate, mean_difference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +26,7 @@ RESULT = ROOT / "benchmarks" / "results" / "random_control.json"
 
 
 def main() -> int:
-    """Run both, print the comparison, write it to benchmarks/results/random_control.json."""
+    """Run both, print the comparison, write it to RESULT and into the first's report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(ROOT / "configs" / "imdb_sentiment.yaml"), help="preset: a YAML file")
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="section.field=value")
@@ -45,6 +47,8 @@ def main() -> int:
         print(_line(label, result[label]))
     for name, run in runs.items():
         print(f"KL to base of {name}: {_report(run)['evaluation']['aligned']['kl_to_base']:.2f} nats")
+    add_control(*(RunFolder(runs[name]) for name in ("selected", "random")))
+    print(f"both in {runs['selected'] / 'report.html'}")
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     write_json(RESULT, result)
     return 0 if all(result[label]["ci95"][0] > 0 for label in ("reward", "judge")) else 1

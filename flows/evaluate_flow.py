@@ -68,7 +68,7 @@ class EvaluateFlow(FlowSpec):
     @step
     def end(self):
         """Say how it went and where the report is."""
-        from alignment.report import summary
+        from alignment.report_summary import summary
 
         print(summary(self.report, f"{self.run_path}/report.html"))
 

@@ -2,7 +2,7 @@
 
 from sources import CONFIG_HELP, DEFAULT_PRESET, PACKAGED, SUFFIXES, main, parse_preset, tag, task, typed  # isort: skip
 
-from metaflow import Config, FlowSpec, config_expr, current, package_sources, resources, step
+from metaflow import Config, FlowSpec, config_expr, current, package_sources, resources, run_card, step
 
 from placement import iterating_on_cluster, on_cluster, placed
 
@@ -54,6 +54,7 @@ class RSFlow(FlowSpec):
 
     @iterating_on_cluster
     @resources(gpu=OWN_GPU, cpu=CPU, memory=MEMORY)
+    @run_card(id="progress")
     @step
     def iterate(self):
         """One iteration of RS steps from the last checkpoint; loops to itself until all steps are done."""
@@ -62,7 +63,7 @@ class RSFlow(FlowSpec):
         self.iteration += 1
         with task():
             self.checkpoint, steps_left = run_iteration(
-                typed(self.config), self.run_path, self.reward_model_ref, self.judge_ref
+                typed(self.config), self.run_path, self.reward_model_ref, self.judge_ref, current.run_card.show
             )
         self.again = "yes" if steps_left else "no"
         self.next({"yes": self.iterate, "no": self.evaluate}, condition="again")
@@ -82,12 +83,16 @@ class RSFlow(FlowSpec):
         tag(f"outcome:{outcome(self.report)}")
         self.next(self.end)
 
+    @run_card(id="report")
     @step
     def end(self):
-        """Say how it went and where the report is."""
-        from alignment.report import summary
+        """Say how it went and where the report is, which is also the step's card."""
+        from alignment.report_summary import summary
+        from alignment.stages import page_of
 
-        print(summary(self.report, f"{self.run_path}/report.html"))
+        path = self.run_path
+        current.run_card.show(lambda: page_of(path))
+        print(summary(self.report, f"{path}/report.html"))
 
 
 if __name__ == "__main__":

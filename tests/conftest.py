@@ -27,6 +27,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--screenshots", metavar="DIR", help="where the pictures of the docs are kept")
     parser.addoption("--no-skips", action="store_true", help="a test that skips fails, by its reason")
 
 

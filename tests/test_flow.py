@@ -73,6 +73,28 @@ def test_the_report_holds_every_promised_key(undisturbed):
     assert evaluation["aligned"]["kl_to_base"] > 0
     assert {"n", "win_rate", "judge_win_rate", "kl_bound"} == set(evaluation["best_of_n"])
     assert report["run_id"] == undisturbed.folder.name
+    assert [link["step"] for link in report["lineage"]["chain"]][-1] <= report["checkpoint"]["step"]
+    assert report["lineage"]["chain"][0]["weights_sha256"] == report["checkpoint"]["sha256"]
+    assert list(evaluation["best_of_n_curve"]) == [str(k + 1) for k in range(evaluation["best_of_n"]["n"])]
+
+
+def test_each_iteration_has_a_live_card_and_the_end_has_the_report(place, undisturbed):
+    """As the client finds them; the first iteration's card was last written as that iteration ended."""
+    script = (
+        "import json; from metaflow import Flow, namespace; from metaflow.cards import get_cards; namespace(None); "
+        "r = Flow('RSFlow').latest_run; tasks = sorted(r['iterate'], key=lambda t: t.data.iteration); "
+        "print(json.dumps([[(c.id, c.get()) for c in get_cards(t)] for t in (*tasks, r['end'].task)]))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", script], cwd=place.path, env=place.environment(),
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    ((first,), (second,), (end,)) = json.loads(out)
+    assert first[0] == second[0] == "progress" and end[0] == "report"
+    assert "RS step 3 of 6 is done" in first[1] and "RS step 6 of 6 is done" in second[1]
+    assert "Samples of RS step 6" in second[1] and len(second[1]) < 200_000
+    assert end[1] == (undisturbed.folder / "report.html").read_text()
+    assert "card is no longer written" not in undisturbed.output
 
 
 def test_selected_rollouts_are_the_best_of_their_prompt(undisturbed):

@@ -12,16 +12,19 @@ import pytest
 from alignment.config_promotion import PromotionSection
 from alignment.errors import DataError
 from alignment.promotion import gate
-from alignment.report import Sample, build_report, summary, verdict, write_report
+from alignment.report import Sample, build_report, verdict, write_report
 from alignment.report_page import render_page, visible
+from alignment.report_summary import summary
 from alignment.run_folder import create
 from alignment.types import Checkpoint, JudgeRef, RewardModelRef
 from promotion_effects import rows
 
 KEYS = {
-    "": "run_id steps alarms validation evaluation reward_model judge seconds base checkpoint",
+    "": "run_id steps selection_lift scoring_totals over_optimisation alarms validation evaluation reward_model judge "
+    "seconds base checkpoint",
     "steps": "step reward_mean selected_reward_mean response_length_mean truncated_fraction loss grad_norm lr seconds",
-    "steps.later": "judge_mean selected_judge_mean kl scoring_server",
+    "steps.later": "judge_mean selected_judge_mean kl duplicate_fraction num_rollouts num_selected tokens_per_second "
+    "scoring_server",
     "steps.scoring_server": "mean_batch queue_ms compute_ms failures real_over_padded restarted",
     "steps.seconds": "rollouts scoring update validation",
     "validation": "step reward_mean judge_mean",
@@ -57,9 +60,11 @@ def metrics() -> list[dict[str, Any]]:
 
 
 def evaluation() -> dict[str, Any]:
-    base = {"reward_mean": 0.4, "judge_mean": 0.1, "response_length_mean": 23.0, "distinct_2": 0.91}
+    base = {"reward_mean": 0.4, "reward_mean_ci95": [0.2, 0.6], "judge_mean": 0.1, "judge_mean_ci95": [0.0, 0.2]}
+    base |= {"response_length_mean": 23.0, "distinct_2": 0.91}
     base |= {"self_bleu": 0.12, "repetition_4": 0.01, "truncated_fraction": 0.9, "refusal_fraction": 0.02}
-    aligned = {"reward_mean": 1.0, "judge_mean": 0.3, "response_length_mean": 22.0, "distinct_2": 0.85}
+    aligned = {"reward_mean": 1.0, "reward_mean_ci95": [0.8, 1.2], "judge_mean": 0.3, "judge_mean_ci95": [0.2, 0.4]}
+    aligned |= {"response_length_mean": 22.0, "distinct_2": 0.85}
     aligned |= {"self_bleu": 0.25, "repetition_4": 0.04, "truncated_fraction": 0.8, "refusal_fraction": 0.0}
     return {
         "prompts": 96,
@@ -79,7 +84,11 @@ def evaluation() -> dict[str, Any]:
         "judge_length_controlled_win_rate_ci95": [0.5, 0.7],
         "sign_test": {"wins": 75, "losses": 21, "ties": 0, "p_value": 2.6e-8},
         "judge_sign_test": {"wins": 58, "losses": 34, "ties": 4, "p_value": 0.0161},
-        "best_of_n": {"n": 8, "win_rate": 0.89, "judge_win_rate": 0.7, "kl_bound": 1.2044},
+        "best_of_n": {"n": 2, "win_rate": 0.89, "judge_win_rate": 0.7, "kl_bound": 0.1931},
+        "best_of_n_curve": {
+            "1": {"win_rate": 0.51, "judge_win_rate": 0.5, "kl_bound": 0.0},
+            "2": {"win_rate": 0.89, "judge_win_rate": 0.7, "kl_bound": 0.1931},
+        },
         "seconds": 7.0,
     }
 
@@ -102,15 +111,15 @@ def report(**changes: Any) -> dict[str, Any]:
 def samples() -> list[Sample]:
     hostile = "</p><script>alert(1)</script> {{ 7 * 7 }} \"'& \x00\x1b[2J \u202eright to left \ud800"
     return [
-        Sample("Movie review: this", "was fine\nby me", hostile, 0.1, 1.2, 0.0, 0.5),
-        Sample(hostile, hostile, "ok", 0.1, 1.2, 0.0, 0.5),
+        Sample("Movie review: this", "was fine\nby me", hostile, 0.1, 1.2, 0.0, 0.5, 5, 20),
+        Sample(hostile, hostile, "ok", 0.1, 1.2, 0.0, -0.5, 20, 1),
     ]
 
 
 class Page(HTMLParser):
     """What a browser would take from the page: elements, attributes and text by `data-key`."""
 
-    VOID = ("meta", "link", "br", "circle", "rect", "path", "line", "polyline")
+    VOID = ("meta", "link", "br", "input", "circle", "rect", "path", "line", "polyline")
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -118,12 +127,16 @@ class Page(HTMLParser):
         self.values: dict[str, str] = {}
         self.text = ""
         self.open: list[tuple[str, str | None]] = []
+        self.chart = ""
+        self.drawn: list[tuple[str, str]] = []
         self.feed(text)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         attributes = dict(attrs)
         self.elements.append((tag, attributes))
+        if (attributes.get("id") or "").startswith("chart-"):
+            self.chart = (attributes["id"] or "").removeprefix("chart-")
         key = attributes.get("data-key")
         if key is not None:
             assert key not in self.values, f"{key} stands twice"
@@ -131,8 +144,14 @@ class Page(HTMLParser):
         if tag not in self.VOID:
             self.open.append((tag, key))
 
+    def lines(self, chart: str) -> list[str]:
+        """The points of each line of a chart."""
+        return [points for key, points in self.drawn if key == chart]
+
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
+        if tag == "polyline":
+            self.drawn.append((self.chart, dict(attrs)["points"] or ""))
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open and self.open[-1][0] == tag, f"</{tag}> closes {self.open[-1:]}"
@@ -187,7 +206,10 @@ def leaves(values: dict[str, Any], prefix: str = "") -> list[str]:
     return [p for k, v in inner for p in (leaves(v, f"{k}.") if isinstance(v, dict) else [k])]
 
 
-@pytest.mark.parametrize("path", [p for p in leaves(evaluation()) if p != "seconds"])
+CURVE = "best_of_n_curve"
+
+
+@pytest.mark.parametrize("path", [*(p for p in leaves(evaluation()) if p != "seconds" and CURVE not in p), CURVE])
 def test_an_evaluation_that_lacks_a_key_is_refused(path: str) -> None:
     broken = copy.deepcopy(evaluation())
     *parents, last = path.split(".")
@@ -241,7 +263,7 @@ def test_the_summary_fits_the_terminal() -> None:
     assert lines[1] == "  reward     0.400 → 1.000, gain +0.600 (95% +0.400 to +0.800)"
     assert lines[3] == "  win rate   78.1% by reward, 62.5% by the judge"
     assert lines[4] == "  the same at equal length 75.0% and 60.0%; sign test p = 2.6e-08 and 0.016"
-    assert "KL to base 1.23 nats per response (95% 1.00 to 1.50); best of 8: at most 1.20" in text
+    assert "KL to base 1.23 nats per response (95% 1.00 to 1.50); best of 2: at most 0.19" in text
     assert "time       1 min 00 s: setup 12 s, rollouts 9 s" in text
     assert lines[-1].endswith("runs/7/report.html")
 
@@ -257,16 +279,15 @@ def test_files_are_written(tmp_path: Path) -> None:
 def test_every_headline_number_stands_in_the_page_exactly() -> None:
     built, values = report(), page().values
     for path in leaves(evaluation()):
-        if path.endswith("_ci95") or path == "best_of_n.n":
+        if path.endswith("_mean_ci95"):  # a chart has them
             continue
         expected: Any = built["evaluation"]
         for part in path.split("."):
             expected = expected[part]
-        assert float(values[f"evaluation.{path}"]) == expected, path
+        assert json.loads(values[f"evaluation.{path}"]) == expected, path
     for key, expected in built["seconds"].items():
         assert float(values[f"seconds.{key}"]) == expected
-    assert values["evaluation.win_rate_ci95"] == "70.0% to 86.0%"
-    assert values["evaluation.judge_gain_ci95"] == "-0.100 to +0.500"
+    assert "95%: 70.0% to 86.0%" in page().text and "95%: -0.100 to +0.500" in page().text
     assert values["checkpoint.uri"] == built["checkpoint"]["uri"]
     assert values["reward_model.digest"] == "ab12"
 
@@ -296,7 +317,7 @@ def test_the_page_is_accessible() -> None:
     tags = [tag for tag, _ in elements]
     assert dict(elements)["html"] == {"lang": "en"}
     assert tags.count("h1") == 1 and tags.index("h1") < tags.index("h2") < tags.index("h3")
-    assert tags.count("table") == tags.count("caption") == tags.count("thead") == 5
+    assert tags.count("table") == tags.count("caption") == tags.count("thead") == 6
     assert all("scope" in attributes for tag, attributes in elements if tag == "th")
     ids = [a["id"] for _, a in elements if "id" in a]
     assert len(ids) == len(set(ids))
@@ -304,7 +325,7 @@ def test_the_page_is_accessible() -> None:
         for name in ("aria-labelledby", "aria-describedby"):
             assert attributes.get(name, ids[0]) in ids
     charts = [a for tag, a in elements if tag == "svg" and a.get("role") == "img"]
-    assert len(charts) == 3 and all("aria-labelledby" in a and "aria-describedby" in a for a in charts)
+    assert len(charts) == 13 and all("aria-labelledby" in a and "aria-describedby" in a for a in charts)
     assert all(a.get("role") == "img" or a.get("aria-hidden") == "true" for tag, a in elements if tag == "svg")
 
 
@@ -334,12 +355,11 @@ def test_colours_have_contrast_in_light_and_dark() -> None:
 
 def test_charts_place_points_by_hand() -> None:
     # Steps 0 to 3 lie on x = 48 to 424. Rewards 0.0 to 1.2 want ticks of 0.5, so y = 210 is 0 and y = 10 is 1.5.
-    lines = [a["points"] for tag, a in page().elements if tag == "polyline"]
+    lines = page().lines("rewards")
     assert lines[0] == "173.3,196.7 298.7,183.3 424.0,170.0"  # all rollouts: 0.1, 0.2, 0.3
     assert lines[1] == "173.3,63.3 298.7,50.0"  # selected: 1.1, 1.2, then a step that selected nothing
     assert lines[2] == "48.0,210.0 298.7,156.7"  # validation: 0.0 at step 0, 0.4 at step 2
-    ticks = re.findall(r"0\s+0\.5\s+1\s+1\.5\s+0\s+1\s+2\s+3\s+RS step", page().text)
-    assert len(ticks) == 1
+    assert re.search(r"Mean reward by step.{,200}0\s+0\.5\s+1\s+1\.5\s+0\s+1\s+2\s+3\s+RS step", page().text, re.DOTALL)
 
 
 def test_the_judge_and_the_reward_server_stand_beside_the_rewards() -> None:
@@ -351,10 +371,9 @@ def test_the_judge_and_the_reward_server_stand_beside_the_rewards() -> None:
     ]
     assert built["steps"][0]["scoring_server"] == SERVER
     assert "".join(("1", "12.5", "2.2", "31.0", "3", "0.925", "yes")) in page().text
-    lines = [a["points"] for tag, a in page().elements if tag == "polyline"]
-    assert len(lines) == 6 and len(lines[3].split()) == len(lines[4].split()) == 3  # judge: all and selected rollouts
+    assert [len(line.split()) for line in page().lines("judge")] == [3, 3, 2]  # all and selected rollouts, validation
     unknown = report(metrics=[step_record(1, scoring_server=dict.fromkeys(SERVER))])
-    assert "1––––––" in page(unknown).text
+    assert re.search(r"\b1––––––", page(unknown).text)
 
 
 def test_the_kl_of_a_penalised_update_stands_beside_its_loss() -> None:
@@ -387,7 +406,7 @@ def test_an_alarm_stands_in_the_report_and_above_the_result() -> None:
     built = report(metrics=validations)
     (alarm,) = built["alarms"]
     assert alarm["step"] == 3 and alarm["text"].startswith("the mean reward has risen in 3 validations")
-    assert page(built).values["alarms.3"] == alarm["text"]
+    assert page(built).values["alarms.0.text"] == alarm["text"]
     assert "alarm      at RS step 3: the judge does not follow the reward" in summary(built, "report.html")
     assert len(summary(built, "report.html").splitlines()) <= 14
 
@@ -407,8 +426,8 @@ def charts(seen: Page) -> int:
 
 def test_an_evaluation_alone_has_no_empty_tables_and_names_its_base() -> None:
     alone = page(report(metrics=[{"kind": "task", "name": "start", "seconds": 5.0}]))
-    assert [tag for tag, _ in alone.elements].count("table") == 2
-    assert charts(alone) == 1
+    assert [tag for tag, _ in alone.elements].count("table") == 3  # best of n, texts, time
+    assert charts(alone) == 4  # before and after, win rate against KL, each by reward and by the judge
     assert alone.values["base.uri"] == "runs/cache/smollm2"
     assert "Course of the run" not in alone.text and "RS step" not in alone.text
 
@@ -419,7 +438,7 @@ def test_without_common_tokens_there_is_no_kl() -> None:
     built = report(evaluation=without)
     assert "KL to base undefined: the two have different tokenizers" in summary(built, "report.html")
     assert "undefined: the two have different tokenizers" in page(built).text
-    assert charts(page(built)) == charts(page()) - 1  # no plot of win rate against KL
+    assert charts(page(built)) == charts(page()) - 2  # no plot of win rate against KL
 
 
 def test_harness_tasks_stand_beside_each_other() -> None:
@@ -457,7 +476,7 @@ def test_several_reward_models_stand_in_the_report() -> None:
     assert "alarm      at RS step 2: the shadow strict/2 does not follow the reward" in text
     assert "shadow     strict/2: 1.000 → 1.500, gain +0.500 (95% +0.250 to +0.750)" in text
     shown = page(built)
-    assert "the shadow strict/2 by +0.00" in shown.values["alarms.2.the shadow strict/2"]
+    assert "the shadow strict/2 by +0.00" in shown.values["alarms.1.text"]
     assert "Mean score of the shadow strict/2 by step" in shown.text
 
 
@@ -478,14 +497,14 @@ def test_the_verdict_on_promotion_stands_first_and_is_the_last_line() -> None:
     shown = page(refused)
     assert shown.values["promotion.verdict"] == "not promoted"
     assert shown.values["promotion.rolled_back.reason"] == "it fell <b>far</b>"
-    passed = {rule["name"]: shown.values[f"promotion.{rule['name']}"] for rule in refused["promotion"]["rules"]}
-    assert passed == {
-        "reward_gain": "yes",
-        "judge_gain": "yes",
-        "response_length": "left out",
-        "kl_to_base": "no",
-        "distinct_2": "left out",
-        "rollback": "yes",
+    rules = {rule["name"]: i for i, rule in enumerate(refused["promotion"]["rules"])}
+    assert {name: shown.values[f"promotion.rules.{i}.passed"] for name, i in rules.items()} == {
+        "reward_gain": "true",
+        "judge_gain": "true",
+        "response_length": "null",
+        "kl_to_base": "false",
+        "distinct_2": "null",
+        "rollback": "true",
     }
     assert "the 95% interval +0.500 to +0.500 is not at most 0.4 nats per response" in shown.text
     assert not shown.open
