@@ -49,7 +49,8 @@ class RunSummary:
     @property
     def evaluation(self) -> Mapping[str, Any]:
         """What the report says of the policy; nothing for a run without one."""
-        return (self.report or {}).get("evaluation", {})
+        evaluation: Mapping[str, Any] = (self.report or {}).get("evaluation", {})
+        return evaluation
 
 
 def summarize(run: str, folder: RunFolder) -> RunSummary:

@@ -103,3 +103,9 @@ def test_the_words_of_shell_blocks_can_be_read_by_a_shell() -> None:
             if "<<" not in block and not block.startswith("#!"):
                 for line in lines:
                     shlex.split(line, comments=True)
+
+
+def test_the_site_is_built_strictly() -> None:
+    """mkdocs counts warnings as it prints them: under --quiet --strict a dead link passes."""
+    (command,) = re.findall(r"mkdocs build.*", (ROOT / "Makefile").read_text())
+    assert "--strict" in command and "quiet" not in command and "-q" not in command

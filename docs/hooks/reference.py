@@ -5,6 +5,7 @@ a word on a key that is gone, ends the build.
 """
 
 import ast
+import html
 import json
 import re
 import sys
@@ -135,7 +136,7 @@ def _word(words: dict[tuple[str, str], str], section: Any, own: str) -> str:
     """The docstring under a field, or under that of the section that it comes from."""
     for owner in section.__mro__:
         if (owner.__name__, own) in words:
-            return words[owner.__name__, own].replace("|", "\\|")
+            return html.escape(words[owner.__name__, own], quote=False).replace("|", "\\|")
     raise PluginError(f"{section.__name__}.{own} has no docstring")
 
 
