@@ -66,8 +66,8 @@ lint: $(DEV_STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy alignment models
 
-## Strict, and not quiet, which would silence the strictness: a page that no section names, a link or an anchor that leads nowhere, a field without a word on it end it. The builder
-## has an environment of its own, so that none of its packages moves one of ours.
+## Strict: a page that no section names, a link or an anchor that leads nowhere, a field without a word on it end it; --quiet would
+## let them pass. The builder has an environment of its own, so that none of its packages moves one of ours.
 docs: $(DOCS)/.installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 	@echo "site/index.html"
