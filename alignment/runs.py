@@ -40,8 +40,8 @@ def rows_of(root: Path) -> list[list[str]]:
     """
     if "://" in str(root) or not root.is_dir():
         raise ConfigError(
-            f"--root ({root}) is no folder: name the run.root of your runs; under s3:// `python -m alignment.compare` "
-            "takes runs by their URI"
+            f"--root ({root}) is no folder: it is made by the first run (`python flows/rs_flow.py run`); name another "
+            "run.root, or give `python -m alignment.compare` runs under s3:// by their URI"
         )
     folders = [p for p in root.iterdir() if (p / "config.json").is_file() and not p.is_symlink()]
     return [_row(folder) for folder in sorted(folders, key=_age, reverse=True)]

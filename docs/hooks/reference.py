@@ -127,7 +127,9 @@ def _fields(words: dict[tuple[str, str], str], section: Any) -> Iterator[tuple[s
     """Key, default and text of each field; those of a section within a section as `section.field`."""
     for own, one in section.model_fields.items():
         if hasattr(one.annotation, "model_fields"):
-            yield from ((f"{own}.{key}", default, text) for key, default, text in _fields(words, one.annotation))
+            note = words.get((section.__name__, own), "")
+            for key, default, text in _fields(words, one.annotation):
+                yield f"{own}.{key}", default, f"{text} {note}".rstrip() if f"`{key}`" in note else text
         else:
             yield one.alias or own, one.get_default(call_default_factory=True), _word(words, section, own)
 
