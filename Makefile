@@ -3,7 +3,8 @@
 # make bench    ratios against the peers' ways of scoring, sampling and training, with their targets; VLLM_PYTHON=PATH
 #               adds vLLM
 # make test     lint, types and tests
-# make test-all the same, those that kill and resume runs at every moment, and runs in phases and on S3 under faults
+# make docs     the site of these pages in site/, its links checked; make docs-serve shows it on loopback
+# make test-all the same, the site, those that kill and resume runs at every moment, and runs in phases and on S3 under faults
 # make test-vllm VLLM_PYTHON=PATH  the tests of vLLM, by the python of an environment that has it
 # make test-clusters  runs on a real Slurm of several nodes on this machine, pods against a stand-in for Kubernetes with a real
 #               S3 server, manifests and alerts by kubectl and promtool; by apt-get where these daemons are missing
@@ -16,10 +17,11 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS := .venv-docs
 DEV_STAMP := $(VENV)/.installed-dev
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run control bench test test-slow test-long test-clusters test-faults test-browser screenshots chromium test-all test-vllm fuzz lint clean help
+.PHONY: docs docs-serve run control bench test test-slow test-long test-clusters test-faults test-browser screenshots chromium test-all test-vllm fuzz lint clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -70,7 +72,7 @@ chromium:
 	@command -v chromium >/dev/null || { \
 	  $(SUDO) apt-get update && $(SUDO) apt-get install --yes --no-install-recommends chromium fonts-dejavu-core; }
 
-test-all: test test-slow test-browser test-long
+test-all: test docs test-slow test-browser test-long
 
 ## Files in one process, requests to the server in the other. FUZZ_SEED=N draws others.
 fuzz: $(DEV_STAMP)
@@ -87,6 +89,15 @@ lint: $(DEV_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy alignment models
+
+## Strict: a page that no section names, a link or an anchor that leads nowhere, a field without a word on it end it; --quiet would
+## let them pass. The builder has an environment of its own, so that none of its packages moves one of ours.
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	@echo "site/index.html"
+
+docs-serve: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs serve
 
 control: $(STAMP)
 	$(BIN)/python -m benchmarks.random_control
@@ -108,6 +119,11 @@ $(VENV)/bin/python:
 	       "name one with make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
+$(DOCS)/.installed: requirements-docs.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	@touch $@
+
 $(STAMP): requirements.txt requirements-data.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-data.txt
@@ -119,4 +135,4 @@ $(DEV_STAMP): requirements-dev.txt requirements-kubernetes.txt requirements-onnx
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DOCS) site .pytest_cache .mypy_cache .ruff_cache

@@ -30,6 +30,7 @@ from alignment.rollback import end_of_loop, settle, standing_checkpoint
 from alignment.run_events import listener
 from alignment.run_folder import RunFolder
 from alignment.run_metrics import RunProgress, after, end_progress, write_progress
+from alignment.run_state import at_work
 from alignment.task import time_left, tracker
 from alignment.types import Checkpoint
 from alignment.workspace import opened
@@ -75,11 +76,12 @@ def iterate(config: Config, run_path: str, show: Show | None = None) -> tuple[Ch
         write_progress(run, _progress(run.read_metrics(), todo))
     if todo.is_left:
         try:
-            _run_step(config, run, todo.step, todo.origin)
+            with at_work(run, "iterate"):
+                _run_step(config, run, todo.step, todo.origin)
         except StoppedError:
             end_progress(run)
             raise
-    with opened(config, run_path) as run, tracker(config, run) as wandb_run:
+    with opened(config, run_path) as run, at_work(run, "iterate"), tracker(config, run) as wandb_run:
         listen = listener(run, wandb_run, done=todo.done, total=todo.total, show=show)
         for record in untold(run.read_metrics()):
             just_done = todo.is_left and record["step"] == todo.step

@@ -10,8 +10,6 @@ import functools
 import hashlib
 from collections.abc import Sequence
 
-import torch
-
 from alignment.errors import ConfigError
 
 
@@ -53,6 +51,8 @@ def epoch_order(
 
 
 def _permutation(size: int, stream: str) -> list[int]:
+    import torch
+
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(stream.encode()).digest()[:7], "big"))
     order: list[int] = torch.randperm(size, generator=generator).tolist()
     return order

@@ -87,8 +87,8 @@ def find_policy(
     found = _in_s3(name, root, storage, key, on_note) or _in_folder(name, root, key)
     if found is not None:
         return found
-    if name == "latest":
-        raise ConfigError(f"{key} (latest): there is no run in {root} yet; name a run, a checkpoint or a model")
+    if Path(name).name == "latest":  # no model of a hub is called that
+        raise ConfigError(f"{key} ({name}): there is no run in {root} yet; name a run, a checkpoint or a model")
     source = policy_folder(name, local_root(storage) / "cache", on_note, key=key)
     digest = folder_digest(source) if isinstance(source, Path) else ""
     # Of a root in S3 the cache is this node's alone, so the name stands for what was made from it there.

@@ -17,12 +17,10 @@ The same command again takes finished runs as they are, and resumes one that was
 """
 
 import argparse
-import contextlib
 import re
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,15 +31,14 @@ from alignment.config import Config, apply_overrides, parse_config, validate_con
 from alignment.continuation import find_run_named
 from alignment.errors import AlignmentError, ConfigError, WorkerError
 from alignment.launch import SOURCE_ROOT
-from alignment.run_folder import RunFolder
+from alignment.lifeline import ELSEWHERE_S
+from alignment.run_files import files_of
 from alignment.s3 import is_s3
 from alignment.s3_objects import read_bytes
 from alignment.strategy_report import Measured, compare, measured, table
 from alignment.workspace import child, local_root
 
 DEFAULT = ("top_per_prompt", "top_k_overall", "random_per_prompt")
-READ = ("config.json", "metrics.jsonl", "evaluation.json", "report.json")
-"""What is read of a run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +110,9 @@ def run_arm(arm: Arm, out: Path) -> str:
 
 def run_flow(words: Sequence[str]) -> int:
     """Exit status of RSFlow, which ends with this process."""
+    flow = SOURCE_ROOT / "flows" / "rs_flow.py"
     process = subprocess.Popen(
-        [sys.executable, str(SOURCE_ROOT / "flows" / "rs_flow.py"), "--watch-stdin", "--no-pylint", *words],
+        [sys.executable, str(flow), "--watch-stdin", f"{ELSEWHERE_S:g}", "--no-pylint", *words],
         stdin=subprocess.PIPE,  # never written to
     )
     return process.wait()
@@ -123,20 +121,6 @@ def run_flow(words: Sequence[str]) -> int:
 def slug(name: str) -> str:
     """A strategy's name as that of a file."""
     return re.sub(r"[^A-Za-z0-9.=-]+", "_", name)
-
-
-@contextlib.contextmanager
-def files_of(run: str) -> Iterator[RunFolder]:
-    """A folder with what is read of a run; of one under s3:// a copy."""
-    if not is_s3(run):
-        yield RunFolder(Path(run))
-        return
-    with tempfile.TemporaryDirectory() as place:
-        for name in READ:
-            found = read_bytes(f"{run}/{name}")
-            if found is not None:
-                (Path(place) / name).write_bytes(found[0])
-        yield RunFolder(Path(place))
 
 
 def _is_there(file: str) -> bool:

@@ -13,8 +13,11 @@ from typing import Any
 from alignment.errors import DataError
 from alignment.run_folder import RunFolder
 from alignment.statistics import mean_difference, win_rate
+from alignment.text_table import aligned
 
 LABELS = ("reward", "judge")
+Scores = Mapping[str, Mapping[str, float]]
+"""The aligned response's scores by prompt id, under "reward" and "judge"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class Measured:
     kept_reward: float | None
     updates: int
     evaluation: Mapping[str, Any]
-    scores: Mapping[str, Mapping[str, float]]
+    scores: Scores
 
 
 def measured(name: str, run: str, folder: RunFolder) -> Measured:
@@ -56,7 +59,7 @@ def measured(name: str, run: str, folder: RunFolder) -> Measured:
         kept_reward=total / kept if kept else None,
         updates=sum(r["optimizer_steps"] for r in steps),
         evaluation=report["evaluation"],
-        scores={label: {row["prompt_id"]: row[f"aligned_{label}"] for row in rows} for label in LABELS},
+        scores=aligned_scores(rows),
     )
 
 
@@ -84,16 +87,27 @@ def _entry(run: Measured, control: Measured, prompts: Sequence[str]) -> dict[str
     }
     if run is control:
         return entry
+    return entry | paired(run.scores, control.scores, prompts)
+
+
+def paired(ours: Scores, theirs: Scores, prompts: Sequence[str]) -> dict[str, Any]:
+    """`<label>_difference` and `<label>_win_rate`, each with its `_ci95`, of one run's aligned policy to another's."""
+    found: dict[str, Any] = {}
     for label in LABELS:
-        ours, theirs = ([side.scores[label][prompt] for prompt in prompts] for side in (run, control))
-        difference, rate = mean_difference(ours, theirs), win_rate(ours, theirs)
-        entry |= {
+        one, other = ([side[label][prompt] for prompt in prompts] for side in (ours, theirs))
+        difference, rate = mean_difference(one, other), win_rate(one, other)
+        found |= {
             f"{label}_difference": difference.value,
             f"{label}_difference_ci95": list(difference.ci95),
             f"{label}_win_rate": rate.value,
             f"{label}_win_rate_ci95": list(rate.ci95),
         }
-    return entry
+    return found
+
+
+def aligned_scores(rows: Sequence[Mapping[str, Any]]) -> Scores:
+    """From the rows of evaluation.json."""
+    return {label: {row["prompt_id"]: row[f"aligned_{label}"] for row in rows} for label in LABELS}
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -101,12 +115,10 @@ def table(result: Mapping[str, Any]) -> str:
     head = ["strategy", "kept", "reward", "updates", "KL", *(f"{label} gain" for label in LABELS)]
     head += [f"{label} − control" for label in LABELS]
     rows = [head, *(_row(entry, result["control"]) for entry in result["strategies"])]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(
         [
             f"strategies on the rollouts of {result['rollouts']}",
-            *lines,
+            *aligned(rows),
             "kept, reward: responses kept in all RS steps, and their mean reward; updates: optimizer steps",
             "KL: to the base, nats per response; gains: over the base; intervals: 95 % each, over evaluation prompts",
             f"− control: to {result['control']}, paired over {result['prompts']} prompts",
@@ -119,12 +131,13 @@ def _row(entry: Mapping[str, Any], control: str) -> list[str]:
     kept, kl = entry["kept_reward"], entry["kl_to_base"]
     cells = [entry["name"], str(entry["kept"]), "–" if kept is None else f"{kept:.3f}", str(entry["updates"])]
     cells.append("–" if kl is None else f"{kl:.2f}")
-    cells += [_shown(entry, f"{label}_gain") for label in LABELS]
+    cells += [shown(entry, f"{label}_gain") for label in LABELS]
     if entry["name"] == control:
         return [*cells, "control", "control"]
-    return [*cells, *(_shown(entry, f"{label}_difference") for label in LABELS)]
+    return [*cells, *(shown(entry, f"{label}_difference") for label in LABELS)]
 
 
-def _shown(entry: Mapping[str, Any], key: str) -> str:
+def shown(entry: Mapping[str, Any], key: str) -> str:
+    """An estimate with its interval, `+0.457 (+0.231 to +0.695)`."""
     low, high = entry[f"{key}_ci95"]
     return f"{entry[key]:+.3f} ({low:+.3f} to {high:+.3f})"

@@ -15,6 +15,7 @@ from alignment.progress import FitLines
 from alignment.reward_repository import local_repository
 from alignment.reward_server import RewardServer, external_url, reward_server
 from alignment.run_folder import RunFolder
+from alignment.run_state import at_work
 from alignment.scorers_file import read_scorers, reward_references
 from alignment.tracking import Tracker, tracked
 from alignment.types import RewardModelRef
@@ -258,5 +259,6 @@ class TaskClock:
 def timed_task(run: RunFolder, name: str) -> Iterator[TaskClock]:
     """Adds a "task" record with the seconds that the body took, once it has ended well; the body may mark them."""
     clock = TaskClock()
-    yield clock
-    run.append_metrics(clock.record(name))
+    with at_work(run, name):
+        yield clock
+        run.append_metrics(clock.record(name))

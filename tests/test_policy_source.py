@@ -99,6 +99,8 @@ def test_what_cannot_be_evaluated_is_named(run: Path, tmp_path: Path) -> None:
         find("latset", tmp_path)
     with pytest.raises(ConfigError, match=r"evaluation\.model \(latest\): there is no run in .*; name a run"):
         find("latest", tmp_path / "cache")
+    with pytest.raises(ConfigError, match=r"evaluation\.model \(runs/latest\): there is no run in "):  # no hub is asked
+        find("runs/latest", tmp_path / "cache")
     best = run / "checkpoints" / "step-000002"
     (best / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match=r"model\.safetensors is missing or damaged.*step-000004 is whole"):

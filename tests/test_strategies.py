@@ -168,6 +168,10 @@ def test_a_run_that_was_interrupted_is_resumed_and_another_config_begins_anew(
         run_arm(arm, out)
 
 
+def test_rs_flow_takes_the_words_that_it_is_given() -> None:
+    assert strategies.run_flow(["show"]) == 0
+
+
 @pytest.mark.long
 def test_the_command_on_a_real_run(tmp_path: Path) -> None:
     """Three whole runs of the smoke preset."""
