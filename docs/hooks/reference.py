@@ -33,6 +33,11 @@ STEP = {
     "num_rollouts": "responses drawn",
     "num_selected": "responses trained on",
     "num_selected_references": "reference answers among them (`rollouts.references=join`)",
+    "best_of_n": "expected best reward of 1, 2, … n of a prompt's own responses",
+    "entropy": "mean −log p of the tokens drawn, nats per token; null for rollouts without probabilities",
+    "prompt_length_mean": "tokens of a prompt",
+    "selected_response_length_mean": "tokens of a response trained on",
+    "gpu_memory_bytes": "the most that a worker's GPU held; null without GPUs",
     "optimizer_steps": "updates of the weights in this step",
     "response_tokens": "response tokens trained on",
     "loss": "mean negative log-likelihood of those tokens, nats per token, the KL penalty included",
@@ -241,7 +246,7 @@ def folder_page() -> str:
             lines.append(f"| `{path}` | {' '.join((ast.get_docstring(node) or '').split())} |")
     columns = next(
         ast.literal_eval(n.value)
-        for n in tree.body
+        for n in ast.parse((ROOT / "alignment" / "rollout_table.py").read_text()).body
         if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "COLUMNS"
     )
     lines += ["", "## Columns of rollouts/step-*.parquet", "", "| column | type |", "|---|---|"]
