@@ -7,7 +7,7 @@
 # make test-all the same, the site, those that kill and resume runs at every moment, and runs in phases and on S3 under faults
 # make test-vllm VLLM_PYTHON=PATH  the tests of vLLM, by the python of an environment that has it
 # make test-clusters  runs on a real Slurm of several nodes on this machine, pods against a stand-in for Kubernetes with a real
-#               S3 server, manifests and alerts by kubectl and promtool; by apt-get where these daemons are missing
+#               S3 server, manifests and alerts by kubectl and promtool: as root, and by apt-get where a daemon is missing
 # make test-faults  runs under faults drawn from a seed, within an hour; FAULTS=short a few of each kind; SEED=N and
 #               ONLY=NAME repeat what failed (docs/faults.md)
 # make fuzz     hostile input to every reader and to the reward server, some 30,000 inputs
@@ -44,15 +44,19 @@ test-long: $(DEV_STAMP)
 CLUSTER_PROGRAMS := slurmctld slurmd munged radosgw ceph-mon ceph-osd promtool
 CLUSTER_PACKAGES := slurm-wlm munge radosgw ceph-mon ceph-osd prometheus
 CLUSTER_FILES := tests/test_monitoring.py tests/test_kubernetes.py tests/test_images.py tests/test_argo.py
-SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-## Their daemons take this machine's cores: one test at a time, and apart from the others. Slurm's want root. Here a skip is a
-## failure. Debian's kubectl is too old for kustomize's components, so that one is not installed.
+## Their daemons take this machine's cores: one test at a time, and apart from the others. Here a skip is a failure. Debian's
+## kubectl is too old for kustomize's components, so that one is not installed.
+test-clusters: export PATH := $(PATH):/usr/sbin:/sbin
 test-clusters: $(DEV_STAMP)
+	@[ "$$(id -u)" = 0 ] || { \
+	  echo "make: Slurm's daemons and their device nodes need root: run make test-clusters as root, in a container, say"; exit 1; }
 	@command -v kubectl >/dev/null || { \
 	  echo "make: kubectl, which renders the manifests, is not installed: put kubectl 1.21 or newer into PATH"; exit 1; }
-	@missing=; for program in $(CLUSTER_PROGRAMS); do PATH="$$PATH:/usr/sbin" command -v $$program >/dev/null || missing=yes; done; \
-	[ -z "$$missing" ] || { $(SUDO) apt-get update && $(SUDO) apt-get install --yes --no-install-recommends $(CLUSTER_PACKAGES); }
+	@missing=; for program in $(CLUSTER_PROGRAMS); do command -v $$program >/dev/null || missing="$$missing $$program"; done; \
+	[ -z "$$missing" ] || { apt-get update && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends $(CLUSTER_PACKAGES); } || { \
+	  echo "make:$$missing not installed, nor could apt-get: on Debian 12, put these packages there: $(CLUSTER_PACKAGES)"; exit 1; }
 	$(BIN)/python -m pytest --no-skips $(CLUSTER_FILES)
 	$(BIN)/python -m pytest --no-skips -m cluster tests
 

@@ -29,14 +29,19 @@ SERVED_VERSIONS = 2
 def local_repository(repository: str, versions: Sequence[tuple[str, str]], storage: RunSection) -> Iterator[Path]:
     """A folder that holds these (name, version) of a repository, for as long as the context lasts.
 
-    Of one under s3:// it links to copies in the cache, which the weights' digest has been checked of.
+    Of one under s3:// it links to copies in the cache, which the weights' digest has been checked of; the self-test
+    asks a server for the digest of what it serves from a folder.
     Raises ModelError for a version that is not there or damaged, StorageError.
     """
+    from models.reward_export import check_files, read_version
+
     if not is_s3(repository):
+        for name, version in dict.fromkeys(versions):
+            if (folder := Path(repository, name, version)).is_dir():
+                check_files(folder)
         yield Path(repository)
         return
     from alignment.model_cache import cached_folder, forget_folder
-    from models.reward_export import read_version
 
     with contextlib.ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="repository-")))

@@ -27,6 +27,8 @@ pytestmark = pytest.mark.cluster
 
 STEPS = {"start": 1, "reward_model": 1, "iterate": 3, "evaluate": 1, "end": 1}
 """Pods of the one whole run: two iterations, of which the first is repeated."""
+LIMIT_S = 900
+"""Of each wait: a pod is half a dozen Pythons, and takes minutes on a machine that is busy."""
 LESS_TO_DO = {"reward_training__num_train": 64, "judge__num_train_pairs": 64, "evaluation__num_prompts": 4}
 BENCH_LESS = ("reward_training.num_train=64", "judge.num_train_pairs=64")
 
@@ -46,10 +48,10 @@ def aligned(place):
     started = place.begin(
         place.command("rs_flow", "run", kubernetes__disk=20000, kubernetes__shared_memory=64, **settings)
     )
-    run = wait_for(lambda: find_run(place.root, "latest"), 240, "the run")
-    wait_for(lambda: read_bytes(f"{run}/checkpoints/step-000002/DONE"), 240, "RS step 2")
+    run = reached(started, lambda: find_run(place.root, "latest"), "the run")
+    reached(started, lambda: read_bytes(f"{run}/checkpoints/step-000002/DONE"), "RS step 2")
     place.api.of("iterate", "Running")[0].end("Evicted", "the node was low on memory")
-    said = started.communicate(timeout=900)[0]
+    said = started.communicate(timeout=LIMIT_S)[0]
     assert started.returncode == 0, said[-6000:] + place.api.logs()
     return said
 
@@ -134,8 +136,8 @@ def test_an_error_that_would_only_come_again_costs_one_pod(fresh):
 
 def test_an_interrupt_ends_the_pods_and_a_resume_goes_on_in_pods(fresh):
     started = fresh.begin(fresh.command("sft_flow", "run", sft__epochs=40))
-    run = wait_for(lambda: find_run(fresh.root, "sft/latest"), 240, "the run")
-    wait_for(lambda: [name for name in names(run) if name.endswith("/DONE")], 240, "a checkpoint")
+    run = reached(started, lambda: find_run(fresh.root, "sft/latest"), "the run")
+    reached(started, lambda: [name for name in names(run) if name.endswith("/DONE")], "a checkpoint")
     interrupted(started)
     wait_for(lambda: not any(pod.processes() for pod in fresh.api.pods), 30, "the end of all pods")
     before = Counter(pod.step for pod in fresh.api.pods)
@@ -187,7 +189,7 @@ def test_the_phases_of_a_step_are_pods_that_a_pod_starts_and_the_update_is_a_gan
     ended = ("Succeeded", "Failed")
     with served_bench(tmp_path / "bench" / "runs", *BENCH_LESS) as bench:
         started = fresh.begin(fresh.command("rs_flow", "run", reward__url=bench.url, **settings))
-        wait_for(lambda: any(pod.phase in ended for pod in fresh.api.of("iterate")), 600, "the end of the first step")
+        reached(started, lambda: any(pod.phase in ended for pod in fresh.api.of("iterate")), "the first step's end")
         said = interrupted(started)
     pods = Counter(pod.step for pod in fresh.api.pods if pod.phase == "Succeeded")
     assert pods["iterate"] == 1, said[-6000:] + fresh.api.logs()
@@ -197,6 +199,18 @@ def test_the_phases_of_a_step_are_pods_that_a_pod_starts_and_the_update_is_a_gan
     run = next((volume / "runs").glob("[0-9]*"))
     manifest = json.loads((run / "checkpoints" / "step-000001" / "manifest.json").read_text())
     assert manifest["ranks"] == 2
+
+
+def reached(process: subprocess.Popen[str], condition, what: str):
+    """Poll until `condition()` is true while a flow runs; returns its value."""
+
+    def value():
+        has_ended = process.poll() is not None
+        found = condition()
+        assert found or not has_ended, f"{what} did not come: {process.communicate()[0][-6000:]}"
+        return found
+
+    return wait_for(value, LIMIT_S, what)
 
 
 def interrupted(process: subprocess.Popen[str]) -> str:
