@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignment.progress import duration
+from alignment.report_charts import line
 from alignment.run_summary import RunSummary, found
 from alignment.strategy_report import LABELS, aligned_scores, paired, shown
 from alignment.text_table import aligned
@@ -181,9 +182,6 @@ def _why_unpaired(runs: Sequence[RunSummary]) -> list[str]:
 
 
 def _curves(runs: Sequence[RunSummary], names: Sequence[str]) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    def line(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-        return [(r["step"], r[key]) for r in records if r.get(key) is not None]
-
     return {
         "Mean reward of all rollouts": {
             name: line(run.steps, "reward_mean") for run, name in zip(runs, names, strict=True)
