@@ -59,6 +59,8 @@ def summarize(run: str, folder: RunFolder) -> RunSummary:
     if not isinstance(config, dict) or "loop" not in config:
         raise DataError(f"{run} holds no run: its config.json is missing, or something else's")
     metrics, report = folder.read_metrics(), _json(folder.report_json)
+    if report is not None and not isinstance(found(report, "evaluation"), Mapping):
+        raise DataError(f"{folder.report_json} is no report: it was damaged; move the run's folder away")
     rows = _json(folder.path / "evaluation.json")
     uri = found(report or {}, "checkpoint.uri") or _newest(folder.checkpoints)
     return RunSummary(
