@@ -276,9 +276,7 @@ def test_where_a_key_is_looked_for(
     assert SECRET not in captured.out + captured.err
 
 
-def test_files_that_are_not_as_they_should_be_stop_no_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_that_are_not_as_they_should_be_stop_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunFolder(tmp_path)
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "tensorboard" / "logged.txt").write_bytes(b"\xff")
