@@ -82,7 +82,7 @@ RECORDS = (
 )
 COMMANDS = (
     *("alignment.runs", "alignment.compare", "alignment.lineage", "alignment.strategies", "alignment.hh"),
-    *("alignment.scaling", "models.chat", "models.policy_export", "models.registry", "infra.triton"),
+    *("alignment.scaling", "models.chat", "models.policy_export", "models.registry", "infra.triton", "infra.wandb"),
 )
 
 
@@ -288,7 +288,9 @@ def commands_page() -> str:
     """The docstring of each command, which its --help prints, and of the flows."""
     lines = ["# Commands", "", "`python -m MODULE --help` prints the same, with all options.", ""]
     for module in COMMANDS:
-        text = ast.get_docstring(ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text()))
+        place = ROOT / module.replace(".", "/")
+        file = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
+        text = ast.get_docstring(ast.parse(file.read_text()))
         lines += [f"## python -m {module}", "", "```text", text or "", "```", ""]
     for file in sorted((ROOT / "flows").glob("*_flow.py")):
         flow = next(n for n in ast.parse(file.read_text()).body if isinstance(n, ast.ClassDef))
