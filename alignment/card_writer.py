@@ -14,7 +14,7 @@ REFRESH_S = 5.0
 SHARE = 0.05
 """Most of the time that drawing and writing may take: where a write takes long, the next one waits longer."""
 CLOSE_S = 20.0
-"""Seconds that a write in progress may take at the end."""
+"""Seconds that a write in progress may take at the end, and the last one after it."""
 
 Draw = Callable[[], str]
 
@@ -34,19 +34,24 @@ class CardWriter:
         self._newest = draw
         busy = self._thread is not None and self._thread.is_alive()
         if not busy and not self._failed and self._clock() >= self._due:
-            self._newest = None
-            self._thread = threading.Thread(target=self._write, args=(draw,), daemon=True)
-            self._thread.start()
+            self._begin(draw)
 
     def close(self) -> None:
         """Write the newest page, if it is not written yet."""
+        if self._ended() and self._newest is not None and not self._failed:
+            self._begin(self._newest)
+            self._ended()
+
+    def _ended(self) -> bool:
+        """Waits for the write in progress: False for that of a store that hangs, which ends with the process."""
         if self._thread is not None:
             self._thread.join(CLOSE_S)
-            if self._thread.is_alive():  # a store that hangs: it ends with the process
-                return
-        if self._newest is not None and not self._failed:
-            self._write(self._newest)
-            self._newest = None
+        return self._thread is None or not self._thread.is_alive()
+
+    def _begin(self, draw: Draw) -> None:
+        self._newest = None
+        self._thread = threading.Thread(target=self._write, args=(draw,), daemon=True)
+        self._thread.start()
 
     def _write(self, draw: Draw) -> None:
         begun = self._clock()

@@ -10,6 +10,9 @@ LEFT, RIGHT, TOP, BOTTOM = 48, 16, 10, 50
 SIZE = {"w": WIDTH, "h": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "top": TOP, "bottom": HEIGHT - BOTTOM}
 """The same as the templates take it: the plot's edges instead of its margins."""
 TICKS = 5
+LEAST_SPAN = 1e-9
+"""Values that differ by less, or by less than this share of the largest, are drawn as equal: means of the same numbers,
+summed in another order, are not quite."""
 
 SHARES = [0.0, 0.25, 0.5, 0.75, 1.0]
 """Ticks of an axis of shares."""
@@ -166,8 +169,10 @@ def share_chart(
 def axis(values: Sequence[float], whole: bool = False) -> list[float]:
     """Round tick values that span `values`: steps of 1, 2 or 5 times a power of ten, whole ones on request."""
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    if high == low:
-        low, high = low - 0.5, high + 0.5
+    size = max(abs(low), abs(high))
+    if high - low <= LEAST_SPAN * max(1.0, size):
+        margin = max(0.5, 1e-6 * size)
+        low, high = low - margin, high + margin
     rough = (high - low) / TICKS
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * (1 - 1e-9))

@@ -19,6 +19,8 @@ MOST_POINTS = 100
 """Of each line of a chart."""
 MOST_SAMPLES, MOST_CHARACTERS = 4, 600
 """Prompts shown of the last RS step, and of each text."""
+SHOWN = ("prompt_id", "prompt", "response", "reward", "selected", "reason")
+"""Columns that the samples need: the tokens, most of the file, take ten times as long to read."""
 
 Show = Callable[[Draw], None]
 """Takes how to draw the newest page (`alignment.card_writer`)."""
@@ -30,7 +32,7 @@ class LiveCard:
 
     def __init__(self, run: RunFolder, total: int, show: Show) -> None:
         self._run, self._show = run, show
-        self._records: list[Record] = [r for r in run.read_metrics() if r["kind"] in ("step", "validation")]
+        self._records: list[Record] = [r for r in run.read_metrics() if r.get("kind") in ("step", "validation")]
         self._state = ProgressState(total)
         for record in self._records:
             self._state = advance(self._state, record)
@@ -83,7 +85,7 @@ def _samples(run: RunFolder, step: int) -> list[dict[str, Any]]:
     if not run.rollouts_file(step).is_file():
         return []
     by_prompt: dict[str, list[dict[str, Any]]] = {}
-    for row in run.read_rollouts(step):
+    for row in run.read_rollouts(step, SHOWN):
         by_prompt.setdefault(row["prompt_id"], []).append(row)
     found = []
     for rows in list(by_prompt.values())[:MOST_SAMPLES]:

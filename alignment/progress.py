@@ -59,7 +59,7 @@ def advance(state: ProgressState, event: Mapping[str, Any], step_seconds: float 
             phase="",
             reward=event["reward_mean"],
             selected_reward=event["selected_reward_mean"],
-            tokens_per_second=event["tokens_per_second"],
+            tokens_per_second=event.get("tokens_per_second"),
             step_seconds=(*state.step_seconds, seconds),
         )
     if kind == "validation":

@@ -1,5 +1,6 @@
 """The charts of report.html, by the panel that they stand in. `alignment.charts` has their geometry."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,13 +38,13 @@ def charts_of(report: Report) -> dict[str, list[Chart]]:
 
 
 def line(records: Sequence[Record], *path: str) -> list[Point]:
-    """(step, value) of each record that has a value there."""
+    """(step, value) of each record that has a finite number there."""
     points = []
     for record in records:
         value: Any = record
         for key in path:
             value = value.get(key) if isinstance(value, Mapping) else None
-        if value is not None:
+        if isinstance(value, int | float) and math.isfinite(value):
             points.append((record["step"], value))
     return points
 

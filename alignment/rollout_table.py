@@ -43,14 +43,17 @@ def write_rows(path: Path, step: int, scored: Sequence[ScoredRollout], decisions
     write_atomically(path, lambda file: parquet.write_table(table, file, write_page_checksum=True))
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of rollouts, one dict per rollout in the order written. Raises DataError."""
+def read_rows(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of a file of rollouts, one dict per rollout in the order written. Raises DataError.
+
+    `columns`, of COLUMNS, are those that are read; without them all are.
+    """
     import pyarrow
     import pyarrow.parquet as parquet
 
     try:
-        table = parquet.read_table(path, page_checksum_verification=True)
-        _check_columns(table)
+        table = parquet.read_table(path, columns=columns and list(columns), page_checksum_verification=True)
+        _check_columns(table, columns or tuple(COLUMNS))
         rows: list[dict[str, Any]] = table.to_pylist()
     # ValueError: also a text that is not UTF-8. MemoryError: a damaged page may ask for any size.
     except (OSError, pyarrow.ArrowException, ValueError, OverflowError, MemoryError) as error:
@@ -62,9 +65,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _check_columns(table: Any) -> None:
-    """Raise ValueError where a column of COLUMNS is missing, there twice, of another type, or has gaps."""
-    for name, kind in COLUMNS.items():
+def _check_columns(table: Any, columns: Sequence[str]) -> None:
+    """Raise ValueError where one of these columns is missing, there twice, of another type, or has gaps."""
+    for name in columns:
+        kind = COLUMNS[name]
         found = [table.schema.field(i).type for i in table.schema.get_all_field_indices(name)]
         if found != [_arrow_type(kind)]:
             raise ValueError(f"its column {name} is {', '.join(map(str, found)) or 'missing'}, not {kind}")

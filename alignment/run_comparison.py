@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignment.progress import duration
-from alignment.run_summary import RunSummary, found
+from alignment.report_charts import line
+from alignment.run_summary import RunSummary, found, interval
 from alignment.strategy_report import LABELS, aligned_scores, paired, shown
 from alignment.text_table import aligned
 
@@ -92,19 +93,19 @@ def _row(name: str, runs: Sequence[RunSummary], cell: Any) -> list[str]:
 def _estimate(evaluation: Mapping[str, Any], key: str) -> str:
     if evaluation.get(key) is None:
         return NONE
-    return shown(evaluation, key) if evaluation.get(f"{key}_ci95") else f"{evaluation[key]:+.3f}"
+    return shown(evaluation, key) if interval(evaluation, key) else f"{evaluation[key]:+.3f}"
 
 
 def _rate(evaluation: Mapping[str, Any], key: str) -> str:
-    value, interval = evaluation.get(key), evaluation.get(f"{key}_ci95")
+    value, ends = evaluation.get(key), interval(evaluation, key)
     if value is None:
         return NONE
-    return f"{value:.1%}" + (f" ({interval[0]:.1%} to {interval[1]:.1%})" if interval else "")
+    return f"{value:.1%}" + (f" ({ends[0]:.1%} to {ends[1]:.1%})" if ends else "")
 
 
 def _kl(evaluation: Mapping[str, Any]) -> str:
-    value, interval = (found(evaluation, f"aligned.kl_to_base{ci}") for ci in ("", "_ci95"))
-    bounds = f" ({interval[0]:.2f} to {interval[1]:.2f})" if value is not None and interval else ""
+    value, ends = found(evaluation, "aligned.kl_to_base"), interval(evaluation, "aligned.kl_to_base")
+    bounds = f" ({ends[0]:.2f} to {ends[1]:.2f})" if value is not None and ends else ""
     return _number(value, ".2f") + bounds
 
 
@@ -116,7 +117,7 @@ def _promotion(run: RunSummary) -> str:
     promotion = (run.report or {}).get("promotion")
     if promotion is None:
         return NONE
-    failed = [rule["name"] for rule in promotion["rules"] if rule["passed"] is False]
+    failed = [rule["name"] for rule in promotion.get("rules", ()) if rule["passed"] is False]
     return f"{promotion['verdict']}{': ' if failed else ''}{', '.join(failed)}"
 
 
@@ -181,9 +182,6 @@ def _why_unpaired(runs: Sequence[RunSummary]) -> list[str]:
 
 
 def _curves(runs: Sequence[RunSummary], names: Sequence[str]) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    def line(records: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-        return [(r["step"], r[key]) for r in records if r.get(key) is not None]
-
     return {
         "Mean reward of all rollouts": {
             name: line(run.steps, "reward_mean") for run, name in zip(runs, names, strict=True)

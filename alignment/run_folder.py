@@ -132,12 +132,12 @@ class RunFolder:
         write_rows(path, step, scored, decisions)
         return path
 
-    def read_rollouts(self, step: int) -> list[dict[str, Any]]:
-        """The rows of an RS step, one dict per rollout in the order written. Raises DataError."""
+    def read_rollouts(self, step: int, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """The rows of an RS step, one dict per rollout in the order written; `columns`: all. Raises DataError."""
         path = self.rollouts_file(step)
         if not path.is_file():
             raise DataError(f"{path} is not there: RS step {step} has not been selected in this run")
-        return read_rows(path)
+        return read_rows(path, columns)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Adds one record to metrics.jsonl and flushes it to disk. Raises DiskError."""

@@ -8,7 +8,6 @@ does; of a run under s3:// only the nodes that work on it know.
 
 import contextlib
 import fcntl
-import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 from alignment.atomic_files import disk_errors, write_json
 from alignment.errors import DataError, DiskError, StoppedError
+from alignment.foreign_json import parse_object
 from alignment.run_folder import RunFolder
 
 NEXT_TASK_S = 120.0
@@ -66,7 +66,7 @@ def run_state(run: RunFolder, report: Mapping[str, Any] | None, now: float | Non
     """Where a run stands; `report` is its report.json, where it has one, `now` in Unix time. Raises DataError."""
     said = _said(run)
     if _held(run, ".task.lock", fcntl.LOCK_EX):
-        return RunState("running", said["task"])
+        return RunState("running", said.get("task", ""))
     if _held(run, ".lock", fcntl.LOCK_SH):  # a worker that outlives its task saves what is done
         return RunState("running", "saving")
     if report is not None:
@@ -90,8 +90,13 @@ def _result(report: Mapping[str, Any]) -> RunState:
 
 
 def _said(run: RunFolder) -> dict[str, Any]:
+    """What the last task said; nothing where none has yet, or where it is damaged, since a run needs it for nothing."""
     file = run.path / ".task.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        said = parse_object(file.read_bytes()) if file.is_file() else {}
+    except ValueError:
+        return {}
+    return said if {"task", "ended"} <= said.keys() else {}
 
 
 def _held(run: RunFolder, name: str, kind: int) -> bool:
@@ -104,8 +109,9 @@ def _held(run: RunFolder, name: str, kind: int) -> bool:
             fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except PermissionError as error:
+    except OSError as error:  # no right to write it, a disk that is mounted read-only
         raise DataError(
-            f"{path} says whether somebody works on the run: give yourself the right to open it for writing"
+            f"{path} says whether somebody works on the run ({error.strerror}): give yourself the right to open it for "
+            "writing, or copy the run's folder"
         ) from error
     return False

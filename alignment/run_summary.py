@@ -1,7 +1,7 @@
 """What a run's files say of it, whether it is finished or not, and whichever version wrote them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,9 @@ class RunSummary:
 
     @property
     def reward(self) -> float | None:
-        """Mean reward of all rollouts of the last RS step."""
-        return self.steps[-1].get("reward_mean") if self.steps else None
+        """Mean reward of all rollouts of the last RS step; None where the record has no number."""
+        reward = self.steps[-1].get("reward_mean") if self.steps else None
+        return reward if isinstance(reward, int | float) else None
 
     @property
     def evaluation(self) -> Mapping[str, Any]:
@@ -59,6 +60,8 @@ def summarize(run: str, folder: RunFolder) -> RunSummary:
     if not isinstance(config, dict) or "loop" not in config:
         raise DataError(f"{run} holds no run: its config.json is missing, or something else's")
     metrics, report = folder.read_metrics(), _json(folder.report_json)
+    if report is not None and not isinstance(found(report, "evaluation"), Mapping):
+        raise DataError(f"{folder.report_json} is no report: it was damaged; move the run's folder away")
     rows = _json(folder.path / "evaluation.json")
     uri = found(report or {}, "checkpoint.uri") or _newest(folder.checkpoints)
     return RunSummary(
@@ -79,6 +82,12 @@ def found(values: Mapping[str, Any], path: str) -> Any:
     for part in path.split("."):
         at = at.get(part) if isinstance(at, Mapping) else None
     return at
+
+
+def interval(values: Mapping[str, Any], path: str) -> Sequence[float] | None:
+    """The interval of what stands at a dotted path; None where there is none, or an end of it is no number."""
+    ends = found(values, f"{path}_ci95")
+    return ends if ends and None not in ends else None
 
 
 def _json(path: Path) -> Any:

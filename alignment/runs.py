@@ -10,13 +10,14 @@ CHECKPOINT the one that was evaluated, before that the newest.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from alignment.errors import AlignmentError, ConfigError
 from alignment.run_folder import RunFolder
-from alignment.run_summary import RunSummary, found, summarize
+from alignment.run_summary import RunSummary, interval, summarize
 from alignment.terminal import Colour, coloured
 from alignment.text_table import aligned
 
@@ -62,10 +63,10 @@ def _row(folder: Path) -> list[str]:
 
 
 def _gain(run: RunSummary) -> str:
-    gain, interval = run.evaluation.get("reward_gain"), found(run.evaluation, "reward_gain_ci95")
-    if gain is None or interval is None:
+    gain, ends = run.evaluation.get("reward_gain"), interval(run.evaluation, "reward_gain")
+    if gain is None or ends is None:
         return ""
-    return f"{gain:+.3f} ({interval[0]:+.3f} to {interval[1]:+.3f})"
+    return f"{gain:+.3f} ({ends[0]:+.3f} to {ends[1]:+.3f})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,4 +93,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… | head` ends it without a word
     sys.exit(main())

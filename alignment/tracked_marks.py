@@ -60,7 +60,7 @@ def _parts(path: Path) -> list[Part]:
         return []
     parts: list[Part] = []
     name, marks = "", list[str]()
-    for line in [*path.read_text().splitlines(), BEGUN]:
+    for line in [*filter(None, path.read_text().splitlines()), BEGUN]:
         if line.startswith(BEGUN):
             if marks or name:
                 parts.append(Part(name, tuple(m for m in marks if m != ENDED), ENDED in marks or not name))

@@ -128,7 +128,7 @@ def is_known(name: str) -> bool:
 
 def _computed(record: Mapping[str, Any]) -> dict[str, float | None]:
     everyone, chosen, held = (record.get(key) for key in ("reward_mean", "selected_reward_mean", "gpu_memory_bytes"))
-    tokens, seconds = record.get("response_tokens"), record["seconds"]["update"]
+    tokens, seconds = record.get("response_tokens"), _at(record, "seconds.update")
     return {
         "train_rollouts/selection_lift": None if chosen is None or everyone is None else chosen - everyone,
         "train_optim/tokens_per_second": tokens / seconds if tokens and seconds else None,

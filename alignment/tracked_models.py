@@ -43,14 +43,17 @@ def checkpoints(run: RunFolder, names: Mapping[int, tuple[str, ...]]) -> list[St
     """The run's finished checkpoints, oldest first; `names` are further aliases of those of some RS steps."""
     from models.checkpoints import finished, read_manifest
 
+    rewards = run.validations()
     return [
-        _checkpoint(run, folder, manifest, names.get(manifest["step"], ()))
+        _checkpoint(run, folder, manifest, names.get(manifest["step"], ()), rewards.get(manifest["step"]))
         for folder in finished(run.checkpoints)
         for manifest in (read_manifest(folder),)
     ]
 
 
-def _checkpoint(run: RunFolder, folder: Path, manifest: Mapping[str, Any], names: tuple[str, ...]) -> StoredModel:
+def _checkpoint(
+    run: RunFolder, folder: Path, manifest: Mapping[str, Any], names: tuple[str, ...], reward: float | None
+) -> StoredModel:
     uri = run.uri_of(folder)
     return StoredModel(
         name=f"policy-{run.path.name}",
@@ -62,7 +65,7 @@ def _checkpoint(run: RunFolder, folder: Path, manifest: Mapping[str, Any], names
         details={
             "uri": uri,
             **{key: manifest[key] for key in DETAILS if key in manifest},
-            "validation_reward": run.validations().get(manifest["step"]),
+            "validation_reward": reward,
         },
         aliases=(folder.name, *names),
     )

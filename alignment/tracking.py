@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from alignment.errors import AlignmentError
 from alignment.over_optimisation import Alarm
 from alignment.run_folder import RunFolder
 from alignment.tensorboard_writer import TensorboardWriter
@@ -81,8 +80,9 @@ class Tracker:
                 _say(writer.name, f"{_one_line(error)}; what was not written elsewhere is in {self._run.path}")
 
     def _log(self, record: Mapping[str, Any]) -> None:
-        item = Record(record["kind"], record["step"], points(record))
-        self._write(item, lambda: self._with_rollouts(item))
+        with _said():
+            item = Record(record["kind"], record["step"], points(record))
+            self._write(item, lambda: self._with_rollouts(item))
 
     def _with_rollouts(self, item: Record) -> Record:
         """The record with what the files of its RS step have to show."""
@@ -163,7 +163,7 @@ def _open_tensorboard(folder: Path) -> TensorboardWriter | None:
     except ImportError:
         remedy = "pip install -r requirements-tensorboard.txt"
         _say("TensorBoard", f"tensorboard.enabled is true and the package is not installed ({remedy}): not written")
-    except OSError as error:
+    except Exception as error:  # of many types: no disk, a protobuf of another version
         _say("TensorBoard", f"{_one_line(error)}; the run goes on without TensorBoard")
     return None
 
@@ -171,17 +171,17 @@ def _open_tensorboard(folder: Path) -> TensorboardWriter | None:
 def _has_credentials() -> bool:
     try:
         return has_credentials()
-    except (netrc.NetrcParseError, OSError) as error:
+    except (netrc.NetrcParseError, OSError, ValueError, RuntimeError) as error:  # also WANDB_BASE_URL, and no home
         _say("W&B", f"cannot read the netrc file ({type(error).__name__}): no API key taken from it")
         return False
 
 
 @contextlib.contextmanager
 def _said() -> Iterator[None]:
-    """An error of the run's files is said, and left to whoever needs them."""
+    """An error of the run's files, or of what they hold, is said, and left to whoever needs them."""
     try:
         yield
-    except AlignmentError as error:
+    except Exception as error:  # of many types: a record of an older version, a manifest that lacks a key
         _say("tracking", _one_line(error))
 
 

@@ -10,6 +10,7 @@ import pytest
 from alignment.compare import main
 from alignment.config import load_config
 from alignment.run_folder import RunFolder, write_json
+from alignment.runs import rows_of
 from flow_runs import SMOKE
 from test_report import Page
 
@@ -123,6 +124,19 @@ def test_a_run_that_is_not_finished_has_its_steps_and_says_so(
     assert "2 is not finished (unfinished): it has no evaluation" in text
     assert "reward − 1" not in text
     assert "config: the same" in text
+
+
+def test_what_is_no_number_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nothing = [None, None]  # how an interval is written that is none
+    gains = {"reward_gain_ci95": nothing, "win_rate_ci95": nothing, "aligned": {"kl_to_base_ci95": nothing}}
+    finished(tmp_path / "1")
+    run = finished(tmp_path / "2", evaluation=EVALUATION | gains, promotion={"verdict": "promoted"})
+    run.metrics.write_text(run.metrics.read_text().replace("0.25", "NaN").replace("0.5", '"much"'))
+    found = rows(compared(capsys, "1", "2", "--root", tmp_path, "--html", tmp_path / "page.html"))
+    assert found["reward gain"][1] == "+0.500" and found["win rate by reward"][1] == "62.5%"
+    assert found["KL to base, nats"][1] == "–" and found["promotion"][1] == "promoted"
+    assert "nan" not in (tmp_path / "page.html").read_text()
+    assert rows_of(tmp_path)[0] == ["2", "promoted", "2/4", "", "", "step-000002"]
 
 
 def test_a_report_of_an_older_version_has_dashes_and_is_said_to_be_old(

@@ -108,6 +108,32 @@ def test_a_slow_store_is_asked_less_often_and_never_waited_for() -> None:
     assert saved == ["a", "d"]
 
 
+def test_a_store_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alignment.card_writer.CLOSE_S", 0.05)
+    go_on, asked, clock = threading.Event(), [], Clock()
+
+    def save(page: str) -> None:
+        asked.append(page)
+        if page == "b":
+            go_on.wait(10)
+
+    writer = CardWriter(save, clock)
+    writer.show(lambda: "a")
+    writer._thread.join()
+    writer.show(lambda: "b")  # too soon after the first: it is the last page
+    writer.close()
+    assert asked == ["a", "b"] and writer._thread.is_alive()
+    go_on.set()
+
+
+def test_records_of_an_older_version_are_shown(tmp_path: Path) -> None:
+    run, shown = create(tmp_path, "7", "{}"), []
+    run.append_metrics({"note": "of no kind"})
+    run.append_metrics({k: v for k, v in step_record(1).items() if k != "tokens_per_second"})
+    LiveCard(run, 4, shown.append)
+    assert "Rollout tokens per second–" in Page(shown[-1]()).text
+
+
 def test_a_fault_is_told_once_and_stops_nothing_but_the_card(capsys: pytest.CaptureFixture[str]) -> None:
     asked = []
 

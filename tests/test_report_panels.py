@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from alignment.charts import SHARES, line_chart, share_chart, y_place
+from alignment.charts import SHARES, dot_chart, line_chart, share_chart, y_place
 from alignment.config import load_config
 from alignment.errors import DataError
 from alignment.over_optimisation import gains_by_step
@@ -27,6 +27,14 @@ PANELS = (
     *("Result", "Promotion", "Win rate and KL", "Tasks", "Samples", "Course of the run", "Length and diversity"),
     *("Over-optimisation", "Reward server", "Time and cost by phase", "Lineage"),
 )
+
+
+@pytest.mark.parametrize("values", [[0.3, 0.1 + 0.2], [1e17, 1e17], [1e-12, 2e-12], [0.0], [-3.0, -3.0]])
+def test_equal_values_are_drawn_whatever_their_last_digits(values: list[float]) -> None:
+    (drawn,) = line_chart("key", "Title", "x", "y", {"all": list(enumerate(values))}).series
+    assert all(y == pytest.approx(drawn.points[0][1]) and 10 < y < 210 for _, y, _ in drawn.points)
+    (dot,) = dot_chart("key", "Title", "y", {"base": (values[0], (values[0], values[-1]))}).series
+    assert dot.points[0][1] == pytest.approx(drawn.points[0][1])
 
 
 def test_best_of_n_for_each_n_by_hand() -> None:

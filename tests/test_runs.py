@@ -1,5 +1,6 @@
 """The list of runs: a state for each way in which a run may stand, told by its folder alone."""
 
+import fcntl
 import io
 import os
 import re
@@ -43,6 +44,17 @@ def test_a_task_at_work_is_seen_and_how_it_ended(tmp_path: Path) -> None:
     with pytest.raises(DataError), timed_task(run, "evaluate"):
         raise DataError("prompts.jsonl:3: not JSON\nand more")
     assert state(run) == RunState("failed", "in evaluate: DataError: prompts.jsonl:3: not JSON")
+
+
+@pytest.mark.parametrize("said", [None, "", "[]", "{}"])
+def test_a_task_that_has_not_said_its_name_is_at_work_all_the_same(said: str | None, tmp_path: Path) -> None:
+    run = begun(tmp_path / "1")
+    if said is not None:
+        (run.path / ".task.json").write_text(said)  # of nobody: the file is written whole or not at all
+    assert state(run) == RunState("unfinished")
+    with open(run.path / ".task.lock", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        assert state(run) == RunState("running")
 
 
 def test_a_killed_task_is_interrupted(tmp_path: Path) -> None:
@@ -102,6 +114,15 @@ def test_runs_are_listed_newest_first(tmp_path: Path, capsys: pytest.CaptureFixt
     assert re.split(r"\s{2,}", lines[0]) == ["RUN", "STATE", "STEP", "REWARD", "GAIN", "CHECKPOINT"]
     assert re.split(r"\s{2,}", lines[3]) == rest[1]
     assert not any("\x1b" in line for line in lines)  # standard output is no terminal here
+
+
+@pytest.mark.parametrize("report", ["[]", '{"evaluation": null}', '{"evaluation"'])
+def test_a_damaged_report_leaves_the_other_runs_in_the_list(report: str, tmp_path: Path) -> None:
+    finished(tmp_path / "1")
+    finished(tmp_path / "2").report_json.write_text(report)
+    (damaged, whole) = rows_of(tmp_path)
+    assert damaged[1].startswith("unreadable: ") and "report.json" in damaged[1]
+    assert whole[1] == "not promoted"
 
 
 def test_no_runs_and_no_folder_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

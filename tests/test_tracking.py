@@ -276,6 +276,26 @@ def test_where_a_key_is_looked_for(
     assert SECRET not in captured.out + captured.err
 
 
+def test_files_that_are_not_as_they_should_be_stop_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunFolder(tmp_path)
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard" / "logged.txt").write_bytes(b"\xff")
+    own: dict[str, Any] = {"mode": "disabled", "project": "p", "sample_prompts": 0, "config": {}}
+    with tracked(run, **own, tensorboard=True) as tracker:
+        tracker.log_models()
+    assert "UnicodeDecodeError" in capsys.readouterr().err
+    (tmp_path / "tensorboard" / "logged.txt").unlink()
+    run.append_metrics({"kind": "step", "step": 1, "reward_mean": 0.5})  # of no more than that
+    run.append_metrics({"kind": "step", "step": 2, "reward_mean": "much"})
+    run.scorers.write_text("{}")
+    with tracked(run, **own, tensorboard=True) as tracker:
+        tracker.log_models()
+    assert capsys.readouterr().err == (
+        "tracking: TypeError: must be real number, not str\ntracking: KeyError: 'reward_model'\n"
+    )
+    assert (tmp_path / "tensorboard" / "logged.txt").read_text() == "step 1\n"
+
+
 def test_an_error_of_the_run_passes_through(tmp_path: Path) -> None:
     own: dict[str, Any] = {"mode": "disabled", "project": "p", "sample_prompts": 0, "tensorboard": False, "config": {}}
     with pytest.raises(KeyError), tracked(RunFolder(tmp_path), **own):

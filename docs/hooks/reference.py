@@ -42,8 +42,8 @@ STEP = {
     "response_tokens": "response tokens trained on",
     "loss": "mean negative log-likelihood of those tokens, nats per token, the KL penalty included",
     "kl": "exact KL to the base on the texts trained on, nats per token; null without `training.kl_penalty`",
-    "grad_norm": "norm of the gradient before clipping, mean over the optimizer steps",
-    "lr": "learning rate of the last optimizer step",
+    "grad_norm": "largest norm of the gradient before clipping, of the optimizer steps",
+    "lr": "learning rate, the same in all optimizer steps of the RS step",
     "seconds": "seconds of the phases `rollouts`, `scoring`, `update`, which may overlap",
     "scoring_server": "what Triton did in the step: mean batch, queue and compute time, failures, padding, restarts",
     "tokens_per_second": "response tokens drawn per second of the rollouts",
@@ -82,7 +82,7 @@ RECORDS = (
 )
 COMMANDS = (
     *("alignment.runs", "alignment.compare", "alignment.lineage", "alignment.strategies", "alignment.hh"),
-    *("alignment.scaling", "models.chat", "models.policy_export", "models.registry", "infra.triton"),
+    *("alignment.scaling", "models.chat", "models.policy_export", "models.registry", "infra.triton", "infra.wandb"),
 )
 
 
@@ -288,7 +288,9 @@ def commands_page() -> str:
     """The docstring of each command, which its --help prints, and of the flows."""
     lines = ["# Commands", "", "`python -m MODULE --help` prints the same, with all options.", ""]
     for module in COMMANDS:
-        text = ast.get_docstring(ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text()))
+        place = ROOT / module.replace(".", "/")
+        file = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
+        text = ast.get_docstring(ast.parse(file.read_text()))
         lines += [f"## python -m {module}", "", "```text", text or "", "```", ""]
     for file in sorted((ROOT / "flows").glob("*_flow.py")):
         flow = next(n for n in ast.parse(file.read_text()).body if isinstance(n, ast.ClassDef))

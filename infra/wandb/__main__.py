@@ -5,11 +5,13 @@ python -m infra.wandb --project rejection-sampling --entity TEAM --dry-run dashb
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
+from netrc import NetrcParseError
 from pathlib import Path
 
+from alignment.atomic_files import write_json
+from alignment.errors import DiskError
 from alignment.wandb_writer import has_credentials
 
 
@@ -27,12 +29,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         return _failed(f"wandb-workspaces is missing ({error}): pip install -r requirements-wandb.txt")
     if options.dry_run:
-        found = views.specification(options.entity or "ENTITY", options.project)
-        options.dry_run.write_text(json.dumps(found, indent=2) + "\n")
+        try:
+            write_json(options.dry_run, views.specification(options.entity or "ENTITY", options.project))
+        except DiskError as error:
+            return _failed(str(error))
         print(f"{options.dry_run}: a workspace and a report of {options.project}")
         return 0
-    if not has_credentials():
-        return _failed("no API key is configured: set WANDB_API_KEY or run `wandb login`")
+    try:
+        if not has_credentials():
+            return _failed("no API key is configured: set WANDB_API_KEY or run `wandb login`")
+    except (NetrcParseError, OSError, ValueError) as error:  # its text may quote the key
+        return _failed(f"the netrc file or WANDB_BASE_URL cannot be read ({type(error).__name__})")
     import wandb
 
     try:
