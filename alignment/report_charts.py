@@ -28,7 +28,7 @@ def charts_of(report: Report) -> dict[str, list[Chart]]:
     found = {
         "change": _change(report["evaluation"]),
         "frontier": _frontier(report),
-        "course": [*reward_charts(steps, validations), *_model_charts(steps, validations), lift_chart(steps)],
+        "course": [*reward_charts(steps, validations), *model_charts(steps, validations), lift_chart(steps)],
         "text": _texts(steps),
         "over": [_over(report["over_optimisation"])],
         "server": _server(steps),
@@ -101,7 +101,7 @@ def reward_charts(steps: Sequence[Record], validations: Sequence[Record]) -> lis
     return charts
 
 
-def _model_charts(steps: Sequence[Record], validations: Sequence[Record]) -> list[Chart]:
+def model_charts(steps: Sequence[Record], validations: Sequence[Record]) -> list[Chart]:
     """One chart for each member and shadow where several reward models score: their scales differ."""
     charts = []
     for kind in ("member", "shadow"):

@@ -36,9 +36,9 @@ class RewardServer:
         if self.process is None or self.log is None or self.process.poll() is None:
             return
         raise RewardServerError(
-            f"the local reward server ended with code {self.process.returncode}; the last lines of {self.log}:\n"
-            f"{log_tail(self.log)}\nMend what they name (a damaged file: put it back from a copy, or remove the "
-            "version and export it again), then resume the run"
+            f"the local reward server ended with code {self.process.returncode}: mend what the end of its log names (a "
+            "damaged file: put it back from a copy, or remove the version and export it again), then resume the run; "
+            f"{self.log}:\n{log_tail(self.log)}"
         )
 
 

@@ -20,7 +20,7 @@ from alignment.ensemble_stage import check_distinct, find_others
 from alignment.errors import ConfigError
 from alignment.judge_stage import prepare_judge
 from alignment.records import validation_record
-from alignment.report_page import _model_charts
+from alignment.report_charts import model_charts
 from alignment.rollout_table import COLUMNS
 from alignment.rs_step import _score
 from alignment.run_folder import RunFolder
@@ -205,7 +205,7 @@ def test_the_records_have_the_means_of_each_model() -> None:
     record = validation_record(5, scored, judge, 1.0)
     assert record["member_means"] == {"a/1": 1.5, "b/1": 0.0}
     assert record["shadow_means"] == {"s/1": 5.5} and record["shadowed"] == {"s/1": [5.0, 6.0]}
-    assert [(c.key, c.title) for c in _model_charts([], [record])] == [
+    assert [(c.key, c.title) for c in model_charts([], [record])] == [
         ("member-a-1", "Mean score of the member a/1 by step"),
         ("member-b-1", "Mean score of the member b/1 by step"),
         ("shadow-s-1", "Mean score of the shadow s/1 by step"),

@@ -13,7 +13,7 @@ def test_a_steps_cost_is_that_of_its_iteration_without_the_validation(tmp_path):
     run = RunFolder(tmp_path)
 
     def iteration(seconds: float, validating: float = 0.0) -> None:
-        run.append_metrics({"kind": "step", "seconds": {"rollouts": 3.0, "scoring": 1.0, "update": 2.0}})
+        run.append_metrics({"kind": "step", "step": 1, "seconds": {"rollouts": 3.0, "scoring": 1.0, "update": 2.0}})
         if validating:
             run.append_metrics({"kind": "validation", "step": 1, "seconds": validating})
         run.append_metrics({"kind": "task", "name": "iterate", "seconds": seconds, "starting": 0.0})

@@ -8,7 +8,7 @@ from alignment.errors import DataError
 from alignment.run_folder import RunFolder
 from benchmarks.flow_overhead import Iteration, Pace, iterations, overhead
 
-STEP = {"kind": "step", "seconds": {"rollouts": 6.0, "scoring": 1.0, "update": 2.0}}
+STEP = {"kind": "step", "step": 1, "seconds": {"rollouts": 6.0, "scoring": 1.0, "update": 2.0}}
 TASK = {"kind": "task", "name": "iterate", "seconds": 47.0, "starting": 15.0}
 TASK |= {"saving": 4.0, "checkpoints": 1, "ending": 3.0}
 

@@ -151,6 +151,7 @@ def test_an_update_by_itself_is_on_its_phase_s_devices_and_has_no_engine_for_rol
     placed = []
     engine_stand_in = SimpleNamespace(eval=lambda: None)
     monkeypatch.setattr(trainer, "check_own", lambda *_: None)
+    monkeypatch.setattr(trainer, "check_unchanged", lambda *_: None)  # the run was made with another config
     monkeypatch.setattr(trainer, "load", lambda own, _: placed.append(own.resources.gpu))
     monkeypatch.setattr(trainer, "policy_engine", lambda own, *_: placed.append(own.resources.gpu) or engine_stand_in)
     monkeypatch.setattr(trainer, "restore_optimizer", lambda *_: None)
