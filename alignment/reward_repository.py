@@ -34,11 +34,13 @@ def local_repository(repository: str, versions: Sequence[tuple[str, str]], stora
     Raises ModelError for a version that is not there or damaged, StorageError.
     """
     from models.reward_export import check_files, read_version
+    from models.tensor_shapes import tensor_shapes
 
     if not is_s3(repository):
         for name, version in dict.fromkeys(versions):
             if (folder := Path(repository, name, version)).is_dir():
                 check_files(folder)
+                tensor_shapes(folder / "weights")  # whole files; which weights they hold is for the self-test
         yield Path(repository)
         return
     from alignment.model_cache import cached_folder, forget_folder
