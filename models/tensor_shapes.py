@@ -15,5 +15,5 @@ def tensor_shapes(folder: Path) -> list[list[int]]:
             with safe_open(path, "numpy") as file:
                 shapes += [list(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118 no dict
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path} cannot be read as safetensors: {error}; copy it again") from error
+            raise ModelError(f"{path} cannot be read as safetensors: {error}; put it back from a copy") from error
     return shapes

@@ -104,7 +104,7 @@ def test_a_model_folder_that_cannot_be_read(shared: Path, tmp_path: Path, how: s
             f"cannot load the policy from {policy}: ",
             "Set policy.model to a folder that save_pretrained wrote",
         ),
-        "weights": (f"{policy / 'model.safetensors'} cannot be read as safetensors: ", "copy it again"),
+        "weights": (f"{policy / 'model.safetensors'} cannot be read as safetensors: ", "put it back from a copy"),
     }[how]
     assert str(caught.value).startswith(begins)
     assert remedy in str(caught.value)

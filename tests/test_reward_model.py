@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from alignment.config_sections import RunSection
 from alignment.errors import ConfigError, DiskError, ModelError
+from alignment.reward_repository import local_repository
 from models.reward_export import Serving, claim_version, complete_versions, export_version, find_version, read_version
 from models.reward_model import encode, load_reward_model, micro_batches, render, score_texts
 from reward_fixtures import MAX_TOKENS, TEMPLATE, export_tiny, tiny_reward_model, triton_module
@@ -213,6 +215,20 @@ def test_whatever_else_a_version_is_served_from_is_refused_when_damaged(tmp_path
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(ModelError, match=rf"{name} is missing or not what card.json says: .* put it back"):
         read_version(tmp_path, "reward_model", "1")
+
+
+@pytest.mark.parametrize("name", ["template.jinja", "settings.json", "model.py", "weights/model.safetensors"])
+def test_a_run_serves_no_version_with_a_file_cut_off(tmp_path, name):
+    export_tiny(tmp_path)
+    path = tmp_path / "reward_model" / "1" / name
+    with local_repository(str(tmp_path), [("reward_model", "1")], RunSection()) as found:
+        assert found == tmp_path
+    path.write_bytes(path.read_bytes()[:-2])
+    with (
+        pytest.raises(ModelError, match=rf"{path} .*put it back from a copy"),
+        local_repository(str(tmp_path), [("reward_model", "1")], RunSection()),
+    ):
+        pytest.fail("it would be served")
 
 
 def test_damaged_weights_are_refused_by_name(tmp_path):
