@@ -8,7 +8,7 @@
 # make test-vllm VLLM_PYTHON=PATH  the tests of vLLM, by the python of an environment that has it
 # make test-clusters  runs on a real Slurm of several nodes on this machine, pods against a stand-in for Kubernetes with a real
 #               S3 server, manifests and alerts by kubectl and promtool: as root, and by apt-get where a daemon is missing
-# make test-faults  runs under faults drawn from a seed, within an hour; FAULTS=short a few of each kind; SEED=N and
+# make test-faults  runs under faults drawn from a seed; FAULTS=short a few of each kind; SEED=N and
 #               ONLY=NAME repeat what failed (docs/faults.md)
 # make fuzz     hostile input to every reader and to the reward server, some 30,000 inputs
 # make test-browser  report.html in headless Chromium, by apt-get where it is missing; make screenshots keeps the docs' pictures
